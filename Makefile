@@ -1,0 +1,70 @@
+# What a newcomer needs is `make demo`; what a change needs is `make lint test`.
+# Everything runs from .venv, which `make setup` fills from requirements.lock.
+
+PYTHON ?= $(shell command -v python3.11 >/dev/null && python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NODE := tests/node/node_modules/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# uv reads no pip configuration; the index and the certificates that pip is told about are passed on.
+UV := UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP) config get global.index-url 2>/dev/null)}}"; \
+  test -n "$$UV_DEFAULT_INDEX" && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX; \
+  VIRTUAL_ENV=$(VENV) $(BIN)/uv --quiet
+
+.PHONY: setup demo test browser lint bench lock docs clean help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## fill .venv from requirements.lock; quick when nothing changed
+
+# pip alone needs a minute for what uv does in seconds, so pip installs uv, by its locked hash, and stands by in case
+# that uv cannot use an index that pip is configured for.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.lock > $(VENV)/uv.lock.txt
+	@$(PIP) install -qq --require-hashes -r $(VENV)/uv.lock.txt
+	@{ $(UV) pip install --compile-bytecode --require-hashes -r requirements.lock; } \
+	  || $(PIP) install -qq --require-hashes -r requirements.lock
+	@$(PIP) install -qq --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+demo: setup ## a server, a slow provider, three bursts, a verdict; then the server stays up
+	@$(BIN)/oncewise demo
+
+test: setup $(NODE) browser ## the whole test suite
+	@$(BIN)/python -m pytest
+
+# autocannon, for the test that runs a user's own commands; where there is no npm that test says that it was skipped.
+$(NODE): tests/node/package-lock.json
+	@if command -v npm >/dev/null; then cd tests/node && npm ci --silent --no-audit --no-fund; \
+	  else echo "npm is missing: tests with autocannon will be skipped"; fi
+	@mkdir -p $(@D) && touch $@
+
+# Chromium, for the test that watches a stream as a page does. Browsers come as Debian packages, which only root installs.
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && echo "installing chromium" && apt-get -qq update >/dev/null \
+	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; } \
+	  || echo "chromium is missing: the test with a browser will not run"
+
+lint: setup ## style, types, and the direction of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+bench: setup ## every benchmark over HTTP, then the page of figures; a quarter of an hour
+	@$(BIN)/python -m bench.run
+
+lock: ## resolve the dependencies anew
+	@$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
+	  --no-emit-index-url --no-header --output-file requirements.lock
+
+docs: setup ## rewrite the reference pages that are made from the code
+	@$(BIN)/python -m tests.docs.reference
+
+clean: ## remove what was installed and cached
+	rm -rf $(VENV) tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

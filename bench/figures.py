@@ -1,0 +1,190 @@
+"""The page of figures, made from the recorded results: `python -m bench.figures`.
+
+Nothing on the page is typed by hand: a figure without its command, its commit and its date is worth nothing.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.record import NOISE_PCT, RESULTS, Run, spread
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "figures.md"
+
+HEAD = f"""# Figures
+
+Measured by the programs in `bench/http`, on the machine named below each heading. Ratios travel from one machine to
+another; absolute times do not. A cell is the median of the runs that count and, in brackets, their range.
+
+The server has the first core; the load, written on epoll, and the fake provider share the last one. *Noise* is what
+other programs took of all cores during the runs that count. A run with more than {NOISE_PCT:.0f} % is taken again
+and the calmest are kept; where the column shows more than that, the machine was not calm: read those rows as upper
+limits.
+
+`bare` is a server that only copies the provider's bytes to every socket and keeps none of the promises: the floor for
+Python on that machine. `rival` is a plain server on sse-starlette with one queue per viewer.
+"""
+
+Column = tuple[str, str, str]
+"""Heading, name in the run, format."""
+
+BURST: list[Column] = [
+    ("succeeded", "ok", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("messages stored", "messages", "{:.0f}"),
+    ("p50 / provider", "p50_ratio", "{:.2f}"),
+    ("p95 / provider", "p95_ratio", "{:.2f}"),
+    ("slowest / provider", "max_ratio", "{:.2f}"),
+    ("server CPU s", "server_cpu_s", "{:.2f}"),
+    ("peak RSS MiB", "peak_rss_mib", "{:.0f}"),
+]
+START: list[Column] = [
+    ("ready s", "ready_s", "{:.2f}"),
+    ("CPU s until idle", "cpu_s", "{:.2f}"),
+    ("idle PSS MiB", "idle_pss_mib", "{:.0f}"),
+    ("idle RSS MiB", "idle_rss_mib", "{:.0f}"),
+]
+WAITING: list[Column] = [
+    ("succeeded", "ok", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("KiB PSS each, connected", "connected_pss_kib", "{:.1f}"),
+    ("KiB PSS each, waiting", "waiting_pss_kib", "{:.1f}"),
+    ("KiB RSS each, waiting", "waiting_rss_kib", "{:.1f}"),
+]
+FANOUT: list[Column] = [
+    ("complete", "complete", "{:.0f}"),
+    ("texts", "distinct_texts", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("delta lag p50 ms", "delta_lag_p50_ms", "{:.1f}"),
+    ("delta lag p95 ms", "delta_lag_p95_ms", "{:.1f}"),
+    ("last delta lag p95 ms", "last_delta_lag_p95_ms", "{:.1f}"),
+    ("last byte lag p95 ms", "last_byte_lag_p95_ms", "{:.1f}"),
+    ("server CPU s", "server_cpu_s", "{:.2f}"),
+    ("events per CPU s", "events_per_cpu_s", "{:,.0f}"),
+    ("KiB PSS per viewer", "pss_kib_per_viewer", "{:.1f}"),
+]
+LATE: list[Column] = [
+    ("deltas", "deltas", "{:,.0f}"),
+    ("bytes", "backlog_bytes", "{:,.0f}"),
+    ("all there after ms", "backlog_ms", "{:.1f}"),
+]
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(page())
+    print(PAGE.relative_to(RESULTS.parents[1]))
+
+
+def page() -> str:
+    """The page as the recorded results make it."""
+    parts = [HEAD]
+    for name, sections in PAGES.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts += _sections(json.loads(file.read_text()), sections)
+    return "\n".join(parts)
+
+
+def _sections(document: dict[str, Any], sections: Sequence["Section"]) -> Iterable[str]:
+    for section in sections:
+        yield f"## {section.title}\n\n{section.text}\n"
+        yield _source(document)
+        runs = [run for run in document["runs"] if run["counts"] and run.get("what") in {section.what, None}]
+        yield _table(runs, section.first, section.columns)
+
+
+def _source(document: dict[str, Any]) -> str:
+    changed = f" with {document['changed_files']} changed files in src" if document["changed_files"] else ""
+    priority = f", with raised priority (nice {document['nice']})" if document["nice"] < 0 else ""
+    place = f"Python {document['python']}, {document['kernel']}, {document['cores']} cores{priority}"
+    return f"`{document['command']}` at {document['commit']}{changed}, {document['date']}; {place}.\n"
+
+
+def _table(runs: list[Run], first: dict[str, str], columns: list[Column]) -> str:
+    heads = [*first.values(), *(head for head, _, _ in columns), "noise %"]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    order: Callable[[Run], list[Any]] = lambda run: [run[name] for name in first]  # noqa: E731  used twice
+    for names, group in groupby(runs, order):
+        same = list(group)
+        cells = [_cell(same, name, form) for _, name, form in columns]
+        lines.append(_row([*(f"{name}" for name in names), *cells, _cell(same, "foreign_pct", "{:.0f}")]))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(runs: list[Run], name: str, form: str) -> str:
+    return spread([run[name] for run in runs if run.get(name) is not None], form)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+class Section:
+    """One table of the page.
+
+    Attributes:
+        first: The names in a run by which rows are told apart, and their headings.
+    """
+
+    def __init__(self, title: str, text: str, what: str | None, first: dict[str, str], columns: list[Column]) -> None:
+        self.title = title
+        self.text = text
+        self.what = what
+        self.first = first
+        self.columns = columns
+
+
+PAGES = {
+    "http-burst": [
+        Section(
+            "A burst of identical messages",
+            "All requests at the same moment, each on its own connection, to a fresh thread; the provider takes 1 s.",
+            None,
+            {"requests": "requests", "server": "server"},
+            BURST,
+        )
+    ],
+    "http-memory": [
+        Section(
+            "Start and idle",
+            "From the start of the process on an empty database to the first 200 of `/health/readiness`, and what the "
+            "server holds 3 s later.",
+            "start",
+            {},
+            START,
+        ),
+        Section(
+            "Memory of a request that waits",
+            "Requests that follow one long call; what the server holds more than before the first of them connected, "
+            "for each. Socket buffers of the kernel are not in it.",
+            "waiting",
+            {"followers": "followers"},
+            WAITING,
+        ),
+    ],
+    "http-fanout": [
+        Section(
+            "One stream, many viewers",
+            "200 deltas, 20 ms apart. Lag is behind the provider's own clock; the last byte of Oncewise comes after "
+            "the turn is stored, that of the others is not stored at all. Memory is that of the middle of the stream.",
+            "fan-out",
+            {"viewers": "viewers", "server": "server"},
+            FANOUT,
+        ),
+        Section(
+            "A late joiner",
+            "Somebody who opens a running stream that already has so many deltas.",
+            "late joiner",
+            {},
+            LATE,
+        ),
+    ],
+}
+
+
+if __name__ == "__main__":
+    main()

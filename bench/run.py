@@ -1,0 +1,39 @@
+"""Every benchmark over HTTP, one after the other, then the page of figures: `python -m bench.run`.
+
+Takes about a quarter of an hour on two cores of which nothing else needs either. `--quick` only shows that everything
+runs; its figures are thrown away.
+"""
+
+import argparse
+import tempfile
+
+from bench import figures
+from bench.http import burst, fanout, memory
+
+PROGRAMS = {"burst": burst.main, "memory": memory.main, "fanout": fanout.main}
+QUICK = {
+    "burst": ["--requests", "20", "--provider-ms", "50"],
+    "memory": ["--followers", "20", "--call-ms", "200"],
+    # Without the rival, whose library is for benchmarks alone.
+    "fanout": ["--viewers", "5", "--deltas", "10", "--backlog", "50", "--servers", "bare", "oncewise"],
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the chosen ones."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PROGRAMS, default=[*PROGRAMS])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, figures thrown away")
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        with tempfile.TemporaryDirectory() as directory:
+            for name in arguments.only:
+                PROGRAMS[name]([*QUICK[name], "--times", "1", "--extra", "0", "--results", directory])
+    else:
+        for name in arguments.only:
+            PROGRAMS[name]([])
+        figures.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m oncewise` is `oncewise`."""
+
+from oncewise.cli.main import main
+
+main()

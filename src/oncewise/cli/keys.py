@@ -1,0 +1,99 @@
+"""`oncewise keys`: API keys, made and revoked in the database itself.
+
+The first key cannot come over HTTP, where nobody could yet say that they may make one. A running server sees the change
+within about a second.
+
+Deliberately absent: what a key may do (`oncewise.api.auth`).
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+from uuid_utils import uuid7
+
+from oncewise.cli.failure import CommandFailed
+from oncewise.errors import NotFound
+from oncewise.model import ApiKey, KeyRole
+from oncewise.service.keys import Keys
+from oncewise.storage.keys import SqlKeyStore
+from oncewise.storage.sqlite import open_sqlite
+
+__all__ = ["any_key", "create", "listed", "revoke"]
+
+Result = TypeVar("Result")
+
+
+def create(database_url: str, role: KeyRole, org_id: str | None) -> tuple[str, str]:
+    """Make a key; return a line about it, and its secret. Errors as in `open_sqlite`."""
+    key, secret = _with_keys(database_url, lambda keys: keys.create(role, org_id))
+    return f"Key {key.id} for {_whom(key)}. This is its secret, which is shown only now:", secret
+
+
+def listed(database_url: str) -> list[str]:
+    """A line for each key, oldest first: id, prefix, for whom, times. Errors as in `open_sqlite`."""
+    return [_line(key) for key in _with_keys(database_url, lambda keys: keys.list())]
+
+
+def revoke(database_url: str, key_id: str) -> None:
+    """End a key for ever. Errors as in `open_sqlite`.
+
+    Raises:
+        CommandFailed: there is no such key.
+    """
+    try:
+        _with_keys(database_url, lambda keys: keys.revoke(key_id))
+    except NotFound:
+        raise CommandFailed("there is no key of that id; `oncewise keys list` shows all") from None
+
+
+def any_key(database_url: str) -> bool:
+    """Whether a server on this database asks for keys. Makes no database; errors as in `open_sqlite`."""
+
+    async def exist(keys: Keys) -> bool:
+        await keys.refresh()
+        return keys.exist
+
+    return _path(database_url).exists() and _with_keys(database_url, exist)
+
+
+def _line(key: ApiKey) -> str:
+    ended = f", revoked {_time(key.revoked_at_ms)}" if key.revoked_at_ms is not None else ""
+    return f"{key.id}  {key.prefix}…  {_whom(key)}, made {_time(key.created_at_ms)}{ended}"
+
+
+def _whom(key: ApiKey) -> str:
+    return key.role.value if key.org_id is None else f"tenant {key.org_id}"
+
+
+def _time(at_ms: int) -> str:
+    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _path(database_url: str) -> Path:
+    return Path(sa.make_url(database_url).database or "").expanduser()
+
+
+def _with_keys(database_url: str, work: Callable[[Keys], Awaitable[Result]]) -> Result:
+    async def run() -> Result:
+        async with _opened(database_url) as keys:
+            return await work(keys)
+
+    return asyncio.run(run())
+
+
+@asynccontextmanager
+async def _opened(database_url: str) -> AsyncGenerator[Keys, None]:
+    database = await open_sqlite(str(_path(database_url)), owner=_new_id(), checkpoints=False)
+    try:
+        yield Keys(SqlKeyStore(database, ids=_new_id))
+    finally:
+        await database.aclose()
+
+
+def _new_id() -> str:
+    return str(uuid7())

@@ -1,0 +1,1 @@
+"""The rules: no sockets, SQL, settings or wall clock."""

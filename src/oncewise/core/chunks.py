@@ -1,0 +1,109 @@
+"""What chunks of a chat completion add up to: the whole completion, and its figures.
+
+Fields that nobody here knows are kept: in a delta, texts are joined and lists extended, as OpenAI's own do; elsewhere
+the last value counts.
+
+Deliberately absent: whether an answer is whole (`oncewise.providers.answer`).
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from oncewise.model import Usage
+from oncewise.ports import Chunk
+
+__all__ = ["assembled", "usage_object", "usage_of"]
+
+# Said once or said again, never in pieces.
+_WHOLE = frozenset({"role", "id", "type", "name", "format"})
+
+Json = dict[str, Any]
+
+
+def assembled(chunks: Iterable[Chunk], usage: Json) -> Json:
+    """The completion that a caller who did not ask for a stream gets."""
+    document: Json = {}
+    choices: dict[int, Json] = {}
+    for chunk in chunks:
+        document |= {name: value for name, value in chunk.items() if name != "choices" and value is not None}
+        for choice in chunk["choices"]:
+            _take(choices.setdefault(choice.get("index", 0), {}), choice)
+    ordered = [_finished(index, choices[index]) for index in sorted(choices)]
+    return document | {"object": "chat.completion", "choices": ordered, "usage": usage}
+
+
+def _take(into: Json, choice: Json) -> None:
+    _merge(into.setdefault("message", {"role": "assistant", "content": None}), choice.get("delta") or {})
+    logprobs = choice.get("logprobs")
+    if isinstance(logprobs, dict):
+        _merge(into.setdefault("logprobs", {}), logprobs)
+    into |= {
+        name: value
+        for name, value in choice.items()
+        if name not in ("delta", "message", "logprobs") and (value is not None or name not in into)
+    }
+
+
+def _finished(index: int, choice: Json) -> Json:
+    for called in choice["message"].get("tool_calls") or ():
+        called.pop("index", None)
+    return {"logprobs": None, **choice, "index": index}
+
+
+def _merge(into: Json, delta: Json) -> None:
+    for name, value in delta.items():
+        held = into.get(name)
+        if value is None:
+            into.setdefault(name, None)
+        elif isinstance(value, list):
+            into[name] = _extended(held if isinstance(held, list) else [], value)
+        elif isinstance(value, dict):
+            into[name] = held if isinstance(held, dict) else {}
+            _merge(into[name], value)
+        elif isinstance(value, str) and isinstance(held, str) and name not in _WHOLE:
+            into[name] = held + value
+        elif value != "" or held is None:
+            into[name] = value
+
+
+def _extended(held: list[Any], new: list[Any]) -> list[Any]:
+    for item in new:
+        if not isinstance(item, dict) or type(item.get("index")) is not int:
+            held.append(item)
+            continue
+        known = next((old for old in held if isinstance(old, dict) and old.get("index") == item["index"]), None)
+        if known is None:
+            known = {}
+            held.append(known)
+        _merge(known, item)
+    return held
+
+
+def usage_of(chunk: Chunk) -> tuple[Usage | None, float | None]:
+    """Tokens, and cost in US dollars, that a chunk tells; None for what it does not."""
+    return _figures(usage_object(chunk))
+
+
+def usage_object(chunk: Chunk) -> Json | None:
+    """The figures of a chunk as the provider wrote them."""
+    if isinstance(chunk.get("usage"), dict):
+        return dict(chunk["usage"])
+    for choice in chunk.get("choices") or ():
+        if isinstance(choice, dict) and isinstance(choice.get("usage"), dict):
+            return dict(choice["usage"])  # Moonshot puts it here
+    return None
+
+
+def _figures(usage: Json | None) -> tuple[Usage | None, float | None]:
+    if usage is None:
+        return None, None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    found = None
+    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
+        found = Usage(prompt, completion)
+    cost = usage.get("cost")
+    cost = cost.get("total_cost") if isinstance(cost, dict) else cost
+    if isinstance(cost, int | float) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0:
+        return found, float(cost)
+    return found, None

@@ -1,0 +1,527 @@
+"""One stream, any number of viewers.
+
+A *log* is the append-only list of one stream's deltas, notes and its terminal event. A *viewer* is a cursor on it and a
+way to be woken. There is no queue per viewer: memory grows with the stream and not with the audience, a late joiner
+gets the beginning for free, and a slow viewer finds what it missed joined into one frame. Publishing never waits.
+
+A position is `<epoch>-<seq>`: the epoch is the attempt that wrote the stream, the sequence counts its deltas from 1.
+The terminal event takes the position after the last delta. A log that is taken over restarts under a higher epoch; a
+viewer of the older one is told to drop what it showed.
+
+The log owns the events: `append`, `note`, `restart`, `close` and `sever` are the only methods that change it, none
+awaits. The hub owns which logs exist and how many bytes they hold.
+
+Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rights, and what the events mean.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from oncewise.errors import Overloaded, ResponseTooLarge
+
+__all__ = ["Encoder", "HubStats", "PlainText", "Position", "Sink", "StreamHub", "StreamLog", "Viewer"]
+
+FRAME_CHARS = 128 * 1024
+"""Code points after which a frame of joined deltas ends and another begins."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Position:
+    """A place in a stream. Written `<epoch>-<seq>`."""
+
+    epoch: int
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Position | None":
+        """Read a position as a client sent it; None for anything that was never one of ours."""
+        epoch, dash, seq = text.partition("-")
+        if not dash or not (_is_number(epoch, 10) and _is_number(seq, 15)):
+            return None
+        return cls(int(epoch), int(seq))
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}"
+
+
+def _is_number(text: str, digits: int) -> bool:
+    # str.isdigit alone accepts digits of other scripts, which int() would then read.
+    return 0 < len(text) <= digits and text.isascii() and text.isdigit()
+
+
+class Encoder(Protocol):
+    """Turns events into the bytes that all viewers are sent."""
+
+    def delta(self, position: Position, text: str) -> bytes:
+        """A piece of text, or several joined ones; `position` is that of the last."""
+        ...
+
+    def event(self, name: str, data: Mapping[str, Any], position: Position | None) -> bytes:
+        """A note (without position) or a terminal event (with it)."""
+        ...
+
+
+class PlainText:
+    """The text alone, in UTF-8; notes and terminal events are silent."""
+
+    def delta(self, position: Position, text: str) -> bytes:  # noqa: ARG002  the port's signature
+        """The text."""
+        return text.encode()
+
+    def event(self, name: str, data: Mapping[str, Any], position: Position | None) -> bytes:  # noqa: ARG002
+        """Nothing."""
+        return b""
+
+
+class Sink(Protocol):
+    """Takes what one viewer is to be shown at the moment it is published, without a task being woken for it."""
+
+    def ready(self) -> bool:
+        """Whether bytes can be taken now; if not, the viewer's task is woken and waits as it has to."""
+        ...
+
+    def push(self, chunk: bytes) -> None:
+        """Take bytes. Must not block, and must not raise."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HubStats:
+    """What a hub holds now."""
+
+    logs: int
+    open_logs: int
+    viewers: int
+    bytes: int
+
+
+class StreamLog:
+    """The events of one stream. Opened, kept and dropped by its `StreamHub`.
+
+    Attributes:
+        epoch: The attempt that writes now.
+        closed: Whether the terminal event is in.
+        viewers: How many viewers look on.
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_end",
+        "_frames",
+        "_held",
+        "_hub",
+        "_joined",
+        "_notes",
+        "_reset",
+        "_sleepers",
+        "_texts",
+        "_timer",
+        "epoch",
+        "key",
+        "viewers",
+    )
+
+    def __init__(self, hub: "StreamHub", key: Hashable, epoch: int) -> None:
+        self.key = key
+        self.epoch = epoch
+        self.viewers = 0
+        self._hub = hub
+        self._texts: list[str] = []
+        self._frames: list[bytes] = []
+        self._notes: list[tuple[int, bytes]] = []
+        self._end: bytes | None = None
+        self._reset: bytes = b""
+        self._bytes = 0
+        self._held = True
+        self._timer: asyncio.TimerHandle | None = None
+        self._sleepers: set[Viewer] = set()
+        self._joined: tuple[int, int, bytes] = (0, 0, b"")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the terminal event is in."""
+        return self._end is not None
+
+    @property
+    def deltas(self) -> int:
+        """How many deltas there are."""
+        return len(self._texts)
+
+    @property
+    def tail(self) -> Position:
+        """The position of the newest event."""
+        return Position(self.epoch, len(self._texts) + self.closed)
+
+    @property
+    def text(self) -> str:
+        """All deltas of this epoch, joined."""
+        return "".join(self._texts)
+
+    def append(self, text: str) -> Position:
+        """Publish a delta to every viewer, at once and without waiting for any.
+
+        Raises:
+            ResponseTooLarge: the log is at its limit of bytes or deltas; nothing was appended.
+            Overloaded: all logs together are at theirs; nothing was appended.
+        """
+        if self._end is not None:
+            raise RuntimeError("append to a closed log")
+        if len(self._texts) >= self._hub.max_deltas:
+            raise ResponseTooLarge
+        position = Position(self.epoch, len(self._texts) + 1)
+        frame = self._hub.encoder.delta(position, text)
+        self._grow(len(frame))
+        self._texts.append(text)
+        self._frames.append(frame)
+        self._wake()
+        return position
+
+    def note(self, name: str, data: Mapping[str, Any]) -> None:
+        """Publish an event without a position, between the deltas before and after it.
+
+        Raises:
+            ResponseTooLarge, Overloaded: as `append`, for the limits of bytes.
+        """
+        if self._end is not None:
+            raise RuntimeError("note on a closed log")
+        frame = self._hub.encoder.event(name, data, None)
+        self._grow(len(frame))
+        self._notes.append((len(self._texts), frame))
+        self._wake()
+
+    def restart(self, epoch: int, name: str, data: Mapping[str, Any]) -> None:
+        """Begin again under a higher epoch; viewers that saw something get the event first, at `<epoch>-0`."""
+        if epoch <= self.epoch or self._end is not None:
+            raise RuntimeError("restart needs a higher epoch and an open log")
+        if self._held:
+            self._hub._bytes -= self._bytes
+        self._bytes = 0
+        self.epoch = epoch
+        self._texts, self._frames, self._notes = [], [], []
+        self._joined = (0, 0, b"")
+        self._reset = self._hub.encoder.event(name, data, Position(epoch, 0))
+        self._wake()
+
+    def close(self, name: str, data: Mapping[str, Any]) -> None:
+        """Publish the terminal event; the log stays readable for the hub's retention. Closing again does nothing."""
+        if self._end is None:
+            self._end = self._hub.encoder.event(name, data, Position(self.epoch, len(self._texts) + 1))
+            self._wake()
+            self._hub._retain(self)
+
+    def sever(self) -> None:
+        """End the log without a terminal event: its viewers end where they are, and may resume elsewhere."""
+        if self._end is None:
+            self._end = b""
+            self._wake()
+            self._hub._let_go(self)
+
+    def view(self, after: Position | None = None) -> "Viewer":
+        """A viewer that sees everything after a position, or everything if there is none.
+
+        A position of an older epoch gets the reset event and everything; one that this log never reached gets
+        everything, and `Viewer.from_start` says so. Notes have no position, so every viewer is shown all of the epoch.
+        """
+        return Viewer(self, after)
+
+    # -- for viewers ---------------------------------------------------------------------------------------------
+
+    def _grow(self, size: int) -> None:
+        if self._bytes + size > self._hub.max_log_bytes:
+            raise ResponseTooLarge
+        if self._held:
+            self._hub._grow(size)
+        self._bytes += size
+
+    def _wake(self) -> None:
+        if not self._sleepers:
+            return
+        now_s = asyncio.get_running_loop().time()
+        sleepers, self._sleepers = self._sleepers, set()
+        self._sleepers.update([viewer for viewer in sleepers if viewer._deliver(now_s)])
+
+    def _frame_end(self, start: int, stop: int) -> int:
+        """How many deltas there are up to the end of a frame that begins after `start` of them."""
+        chars = 0
+        for place in range(start, stop):
+            chars += len(self._texts[place])
+            if chars >= FRAME_CHARS:
+                return place + 1
+        return stop
+
+    def _slice(self, start: int, stop: int) -> bytes:
+        """Deltas `start+1` to `stop` as one frame, encoded once for everyone who asks for the same ones."""
+        if stop - start == 1:
+            return self._frames[start]
+        if (start, stop) != self._joined[:2]:
+            text = "".join(self._texts[start:stop])
+            self._joined = (start, stop, self._hub.encoder.delta(Position(self.epoch, stop), text))
+        return self._joined[2]
+
+
+class Viewer:
+    """A cursor on a log. `take` what is there, `wait` for more; or iterate over both until the terminal event.
+
+    One task at a time waits on it.
+
+    Attributes:
+        from_start: The position asked for was unknown, so everything is shown again.
+        ended: Nothing more will come: the terminal event was taken, or the viewer was closed.
+    """
+
+    __slots__ = (
+        "_closed",
+        "_deadline_s",
+        "_epoch",
+        "_future",
+        "_log",
+        "_note",
+        "_seq",
+        "_sink",
+        "_timeout_s",
+        "_timer",
+        "ended",
+        "from_start",
+    )
+
+    def __init__(self, log: StreamLog, after: Position | None) -> None:
+        self._log = log
+        self._epoch = log.epoch
+        self._seq = 0
+        self._note = 0
+        self._future: asyncio.Future[bool] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._sink: Sink | None = None
+        self._timeout_s = 0.0
+        self._deadline_s = 0.0
+        self._closed = False
+        self.ended = False
+        self.from_start = False
+        if after is not None:
+            self._seek(after)
+        log.viewers += 1
+
+    def _seek(self, after: Position) -> None:
+        log = self._log
+        if after.epoch == log.epoch and after.seq <= log.deltas:
+            self._seq = after.seq
+        elif after == log.tail:
+            self._seq, self._note, self.ended = log.deltas, len(log._notes), True
+        elif 0 < after.epoch < log.epoch:
+            self._epoch, self._seq = after.epoch, max(after.seq, 1)
+        else:
+            self.from_start = True
+
+    def push_to(self, sink: Sink) -> None:
+        """Give news to `sink` as they are published, while a task waits; it wakes for the end, and for what is left.
+
+        Waking a task for every delta and viewer costs more than sending the delta.
+        """
+        self._sink = sink
+
+    def take(self) -> bytes:
+        """What is new, adjacent deltas joined into one frame; empty if nothing is.
+
+        A backlog of more than `FRAME_CHARS` comes in several takes: whoever is slow to send it on holds one at a time.
+        """
+        log, parts = self._log, []
+        if self._epoch != log.epoch:
+            if self._seq:
+                parts.append(log._reset or self._hub_reset())
+            self._epoch, self._seq, self._note = log.epoch, 0, 0
+        while self._note < len(log._notes):
+            at, frame = log._notes[self._note]
+            if not self._take_deltas(parts, at):
+                return b"".join(parts)
+            parts.append(frame)
+            self._note += 1
+        if self._take_deltas(parts, log.deltas) and log._end is not None and not self.ended:
+            parts.append(log._end)
+            self.ended = True
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _hub_reset(self) -> bytes:
+        # The log was opened under its epoch by another attempt and saw no restart itself.
+        log = self._log
+        return log._hub.encoder.event("reset", {"epoch": log.epoch, "reason": "epoch"}, Position(log.epoch, 0))
+
+    def _take_deltas(self, parts: list[bytes], stop: int) -> bool:
+        """Take one frame of the deltas up to `stop`; False if more are left than it holds."""
+        if stop > self._seq:
+            end = self._log._frame_end(self._seq, stop)
+            parts.append(self._log._slice(self._seq, end))
+            self._seq = end
+        return self._seq >= stop
+
+    def _has_news(self) -> bool:
+        log = self._log
+        return (
+            self._epoch != log.epoch
+            or self._seq < len(log._texts)
+            or self._note < len(log._notes)
+            or (log._end is not None and not self.ended)
+        )
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait until there is something to take; False if nothing came within `timeout_s` seconds."""
+        if self._has_news():
+            return True
+        if self.ended:
+            return False
+        loop = asyncio.get_running_loop()
+        # One timer for many waits, checked when it fires: a timer per delta and viewer would cost more than the delta.
+        self._timeout_s = timeout_s
+        self._deadline_s = loop.time() + timeout_s
+        if self._timer is None or self._timer.when() > self._deadline_s:
+            self._cancel_timer()
+            self._timer = loop.call_at(self._deadline_s, self._tick, loop)
+        future: asyncio.Future[bool] = loop.create_future()
+        self._future = future
+        self._log._sleepers.add(self)
+        try:
+            return await future
+        finally:
+            self._future = None
+            self._log._sleepers.discard(self)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._future is None:
+            return
+        if loop.time() >= self._deadline_s:
+            self._wake(False)
+        else:
+            self._timer = loop.call_at(self._deadline_s, self._tick, loop)
+
+    def _deliver(self, now_s: float) -> bool:
+        """Give news to the sink and go on waiting; or wake the task, and say False."""
+        sink, future = self._sink, self._future
+        if sink is None or future is None or future.done() or self._log._end is not None or not sink.ready():
+            self._wake(True)
+            return False
+        if chunk := self.take():
+            sink.push(chunk)
+        self._deadline_s = now_s + self._timeout_s
+        if self._has_news():
+            self._wake(True)
+            return False
+        return True
+
+    def _wake(self, news: bool) -> None:  # noqa: FBT001  the value the wait returns
+        if self._future is not None and not self._future.done():
+            self._future.set_result(news)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def close(self) -> None:
+        """Leave; a wait in progress ends. Calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            # Or a loop `while not ended: await wait()` would go on for ever when someone else closes its viewer.
+            self.ended = True
+            self._cancel_timer()
+            self._wake(False)
+            self._log.viewers -= 1
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            while not self.ended:
+                await self.wait(3600.0)
+                if chunk := self.take():
+                    yield chunk
+        finally:
+            self.close()
+
+
+class StreamHub:
+    """The logs of one process, and their limits.
+
+    Args:
+        encoder: How events look on the wire; plain UTF-8 text by default.
+        max_log_bytes: Encoded bytes one log may hold.
+        max_deltas: Deltas one log may hold.
+        max_total_bytes: Encoded bytes all logs together may hold; closed ones that nobody views make room.
+        retention_s: Seconds a closed log stays readable.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder | None = None,
+        *,
+        max_log_bytes: int = 4 * 2**20,
+        max_deltas: int = 50_000,
+        max_total_bytes: int = 256 * 2**20,
+        retention_s: float = 60.0,
+    ) -> None:
+        self.encoder: Encoder = encoder or PlainText()
+        self.max_log_bytes = max_log_bytes
+        self.max_deltas = max_deltas
+        self.max_total_bytes = max_total_bytes
+        self.retention_s = retention_s
+        self._logs: dict[Hashable, StreamLog] = {}
+        # Closed logs in the order of their closing: the first to go when memory runs short.
+        self._retained: dict[StreamLog, None] = {}
+        self._bytes = 0
+
+    def open(self, key: Hashable, epoch: int = 1) -> StreamLog:
+        """Make the log of a stream. The key contains the tenant; a key that is in use gets a new log in its place."""
+        self.drop(key)
+        log = self._logs[key] = StreamLog(self, key, epoch)
+        return log
+
+    def get(self, key: Hashable) -> StreamLog | None:
+        """The log of a stream that runs or ended a moment ago."""
+        return self._logs.get(key)
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a log now. Who views or writes it goes on with it; it counts for nothing any more."""
+        log = self._logs.get(key)
+        if log is not None:
+            self._let_go(log)
+
+    def stats(self) -> HubStats:
+        """What is held now."""
+        logs = self._logs.values()
+        open_logs = sum(1 for log in logs if not log.closed)
+        return HubStats(len(logs), open_logs, sum(log.viewers for log in logs), self._bytes)
+
+    def close(self) -> None:
+        """Drop every log and its timer; viewers of open logs end where they are."""
+        for log in list(self._logs.values()):
+            log.sever()
+            self._let_go(log)
+
+    def _let_go(self, log: StreamLog) -> None:
+        # By identity: an old log that ends late must not take the newer one of its key with it.
+        if not log._held:
+            return
+        log._held = False
+        del self._logs[log.key]
+        self._retained.pop(log, None)
+        self._bytes -= log._bytes
+        if log._timer is not None:
+            log._timer.cancel()
+
+    def _retain(self, log: StreamLog) -> None:
+        if log._held:
+            self._retained[log] = None
+            log._timer = asyncio.get_running_loop().call_later(self.retention_s, self._let_go, log)
+
+    def _grow(self, size: int) -> None:
+        if self._bytes + size > self.max_total_bytes:
+            self._make_room(size)
+        self._bytes += size
+
+    def _make_room(self, size: int) -> None:
+        # What has ended is stored elsewhere; what runs is not.
+        for log in [log for log in self._retained if log.viewers == 0]:
+            if self._bytes + size <= self.max_total_bytes:
+                return
+            self._let_go(log)
+        if self._bytes + size > self.max_total_bytes:
+            raise Overloaded("All streams together are at their limit of memory.", retry_after_s=1.0)

@@ -1,0 +1,198 @@
+"""Provider calls, shared: whoever asks the same at the same time gets the same call.
+
+A *call flight* is identified by the tenant and the whole canonical provider request. It owns the provider call, its
+retries and its log, and stores nothing but the fact that the call was made. Twenty threads that send the same prompt
+at once are twenty turn flights and one call flight.
+
+Deliberately absent: turns, messages, HTTP, and which provider speaks which wire format.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from oncewise.core.coalesce import Coalescer, Flight, Waiter
+from oncewise.core.keys import RequestKey, request_key
+from oncewise.core.stream_hub import StreamHub
+from oncewise.errors import ProviderProtocolError, StorageFull, StorageUnavailable, UnknownProvider
+from oncewise.model import ChatRequest, TurnClaim, Usage
+from oncewise.ports import CallRecord, Completion, TextDelta, TurnLedger
+from oncewise.service.attempts import Attempts, ProviderLane, remember_s
+
+__all__ = ["CallResult", "CallRun", "Calls", "ProviderLane", "remember_s"]
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """A call that ended well.
+
+    Attributes:
+        text: The whole answer.
+        usage: The provider's figures, or our estimate, marked as such.
+        calls: Requests made to the provider, retries included.
+        queue_wait_s: Seconds the first attempt waited for its start.
+        first_delta_s: When the first text came, by the event loop's clock.
+    """
+
+    call_id: str
+    text: str
+    completion: Completion
+    usage: Usage
+    calls: int
+    queue_wait_s: float
+    first_delta_s: float
+
+
+class CallRun(Attempts[CallResult]):
+    """The work of one call flight.
+
+    Attributes:
+        call_id: Names the call in the ledger and in answers.
+        log: The text as it comes; closed when the call has ended, however it did.
+    """
+
+    def __init__(
+        self, calls: "Calls", lane: ProviderLane, org_id: str, request: ChatRequest, origin: TurnClaim
+    ) -> None:
+        super().__init__(lane, org_id, calls.chance)
+        self.call_id = calls.ids()
+        self.log = calls.logs.open((org_id, self.call_id))
+        self._desk = calls
+        self._request = request
+        self._origin = origin
+        self._on_start: list[Callable[[], None]] = []
+        self._first_delta_s = 0.0
+
+    def when_started(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when the provider is about to be called; at once if it has been."""
+        if self.queue_wait_s is None:
+            self._on_start.append(tell)
+        else:
+            tell()
+
+    async def __call__(self, flight: Flight[CallResult]) -> CallResult:
+        """Make the call.
+
+        Raises:
+            OncewiseError: as `Provider.stream`, `Pacer.permit` and `TurnLedger.record_call`.
+        """
+        try:
+            return await self.run(flight)
+        finally:
+            self.log.close("end", {})
+            self._desk.logs.drop((self._org_id, self.call_id))
+
+    @property
+    def _shown(self) -> bool:
+        return self.log.deltas > 0
+
+    def _started(self) -> None:
+        for tell in self._on_start:
+            tell()
+
+    async def _opened(self) -> None:
+        await self._desk.ledger.record_call(self._record(self.calls + 1))
+
+    async def _closed(self, outcome: str, usage: Usage | None) -> None:
+        try:
+            await self._desk.ledger.finish_call(self._record(self.calls), outcome=outcome, usage=usage)
+        except (StorageUnavailable, StorageFull):
+            # The answer is there and the turn's commit decides; how a call ended is only accounting.
+            return
+
+    def _record(self, attempt: int) -> CallRecord:
+        return CallRecord(
+            call_id=self.call_id,
+            attempt=attempt,
+            org_id=self._org_id,
+            turn_id=self._origin.turn_id,
+            epoch=self._origin.epoch,
+            provider=self._request.provider,
+            model=self._request.model,
+        )
+
+    async def _read(self) -> CallResult:
+        loop = asyncio.get_running_loop()
+        completion: Completion | None = None
+        async with aclosing(self._lane.provider.stream(self._request)) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    self._first_delta_s = self._first_delta_s or loop.time()
+                    self.log.append(event.text)
+                else:
+                    completion = event
+        if completion is None:
+            raise ProviderProtocolError("The provider's answer ended without a verified completion.")
+        return self._result(completion)
+
+    def _usage(self, answer: CallResult) -> Usage | None:
+        return answer.completion.usage
+
+    def _result(self, completion: Completion) -> CallResult:
+        text = self.log.text
+        usage = completion.usage or _estimate(self._request, text)
+        return CallResult(
+            self.call_id, text, completion, usage, self.calls, self.queue_wait_s or 0.0, self._first_delta_s
+        )
+
+
+def _estimate(request: ChatRequest, text: str) -> Usage:
+    # About four bytes of UTF-8 a token in English; a tokenizer would have to download its vocabulary.
+    prompt = sum(len(message.content.encode()) for message in request.messages)
+    return Usage(-(-prompt // 4), -(-len(text.encode()) // 4), estimated=True)
+
+
+class Calls:
+    """Joins equal provider requests of one tenant to one call."""
+
+    def __init__(
+        self,
+        lanes: Mapping[str, ProviderLane],
+        *,
+        ledger: TurnLedger,
+        flights: Coalescer,
+        logs: StreamHub,
+        ids: Callable[[], str],
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.lanes = lanes
+        self.ledger = ledger
+        self.flights = flights
+        self.logs = logs
+        self.ids = ids
+        self.chance = chance
+
+    def lane(self, provider: str) -> ProviderLane:
+        """The lane of a configured provider.
+
+        Raises:
+            UnknownProvider: there is none of that name.
+        """
+        try:
+            return self.lanes[provider]
+        except KeyError:
+            raise UnknownProvider from None
+
+    def join(self, org_id: str, request: ChatRequest, origin: TurnClaim) -> tuple[Waiter[CallResult], CallRun]:
+        """Join the call that answers `request`, or start it.
+
+        Returns the caller's interest and the run behind it, its own or the leader's.
+
+        Raises:
+            OncewiseError: as `Coalescer.join`; `UnknownProvider`.
+        """
+        lane = self.lane(request.provider)
+        key = self.key(org_id, request)
+        running = self.flights.follow(key)
+        if running is None:
+            running = self.flights.join(key, CallRun(self, lane, org_id, request, origin))
+        run = running.flight.work
+        assert isinstance(run, CallRun)  # noqa: S101  only this method puts work into these flights
+        return running, run
+
+    def key(self, org_id: str, request: ChatRequest) -> RequestKey:
+        """The identity of a call: the tenant and everything the provider would be told."""
+        messages = [[message.role, message.content] for message in request.messages]
+        return request_key(org_id, "call", request.provider, request.model, messages, request.params.given())

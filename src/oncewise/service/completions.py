@@ -1,0 +1,586 @@
+"""Calls of the OpenAI-compatible API: identical requests that run at the same time may share one.
+
+A call flight is identified by the tenant, the provider, its model and the whole body, less what `TRANSPORT` names. It
+is shared while it runs and never replayed. Whether a request shares is policy: sampling the same question twice on
+purpose must give two answers. `always` shares every body; `safe` those that ask for the same answer each time
+(`temperature: 0` or a `seed`), requests with the same Idempotency-Key, and whoever asks for it; `off` none.
+
+A request that does not share has a flight of its own. One thing joins it all the same: a client library's automatic
+retry, once the request that started the call has gone. There is then nobody else who could get the same answer.
+
+No row is written per attempt: nothing is taken over, so nobody would read it. The leader's row in the request log
+counts its attempts, and is written with hundreds of others: at thousands of calls a second each row of its own would
+cost a flush to disk.
+
+Deliberately absent: HTTP, and how chunks look on the wire.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any, Self
+
+import orjson
+
+from oncewise.core.chunks import assembled, usage_object, usage_of
+from oncewise.core.coalesce import Coalescer, Flight, FlightLanded, Waiter
+from oncewise.core.keys import RequestKey, canonical, request_key
+from oncewise.core.stream_hub import StreamHub, StreamLog
+from oncewise.errors import (
+    IdempotencyMismatch,
+    ModelNotFound,
+    NotFound,
+    ProviderProtocolError,
+    ShuttingDown,
+    TurnCancelled,
+    UnknownProvider,
+)
+from oncewise.model import CompletionRequest, RequestRecord, Role, Usage
+from oncewise.ports import Chunk, Listener
+from oncewise.service.attempts import Attempts, ProviderLane, remember_s
+from oncewise.service.model_names import ModelNames
+
+__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Policy", "Wish"]
+
+KIND = "v1/chat/completions"
+
+TRANSPORT = MappingProxyType(
+    {
+        "stream": "how the answer is sent",
+        "stream_options": "how the answer is sent",
+        "user": "who asks, for the provider's watch on abuse",
+        "metadata": "labels of the request in the provider's records",
+    }
+)
+"""Fields of a body that are no part of its identity, and why. Whatever is not here keeps two requests apart."""
+
+_OURS = ("model", "stream", "stream_options")
+_HEAD = ("id", "object", "created", "model")
+_PLAIN = frozenset({*_HEAD, "choices", "usage", "system_fingerprint", "service_tier"})
+
+Json = dict[str, Any]
+
+
+class Policy(StrEnum):
+    """Which identical requests share a running call."""
+
+    ALWAYS = "always"
+    SAFE = "safe"
+    OFF = "off"
+
+
+class Wish(StrEnum):
+    """What a request says about sharing."""
+
+    ON = "on"
+    OFF = "off"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionAsk:
+    """One request.
+
+    Attributes:
+        body: The parsed body, which nobody changes; `model` in it is a string.
+        is_retry: A client library says that it repeats a request of its own.
+        resumable: Its stream may be picked up after it ended.
+    """
+
+    request_id: str
+    body: Mapping[str, Any]
+    stream: bool = False
+    wish: Wish = Wish.NONE
+    idempotency_key: str | None = None
+    is_retry: bool = False
+    resumable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request asks for, and whether it shares.
+
+    Attributes:
+        body_key: Names the request; equal for whatever would get the same answer.
+        key: Names what it shares; None if it shares nothing.
+        reason: Why: `always`, `temperature`, `seed`, `idempotency_key`, `asked`; or why not: `asked_not_to`,
+            `switched_off`, `several_choices`, `sampling`.
+    """
+
+    request: CompletionRequest
+    body_key: RequestKey
+    key: RequestKey | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A call that ended well.
+
+    Attributes:
+        usage: Tokens: the provider's figures, or our estimate, marked as such.
+        figures: The same with all that the provider says about them.
+        head: `id`, `object`, `created` and `model` of every chunk.
+    """
+
+    usage: Usage
+    figures: Json
+    cost_usd: float | None
+    head: Json
+
+
+class CompletionRun(Attempts[Completion]):
+    """The work of one call flight.
+
+    Attributes:
+        call_id: Names the call for clients.
+        log: The chunks as they come, each as the bytes of an event; closed when the call has ended, however it did.
+        first_s: When the first chunk could be seen, by the event loop's clock; 0.0 before.
+        flight: The flight that does this work.
+        own: Whether it is shared with nobody.
+    """
+
+    flight: Flight[Completion]
+
+    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
+        super().__init__(lane, org_id, desk.chance)
+        self.call_id = desk.ids()
+        self.org_id = org_id
+        self.plan = plan
+        self.own = plan.key is None
+        self.resumable = False
+        self.idempotency: tuple[str, str] | None = None
+        self.log: StreamLog = desk.logs.open((org_id, self.call_id))
+        self.first_s = 0.0
+        self._created_s = desk.now_s()
+        self._document: bytes | None = None
+
+    async def __call__(self, flight: Flight[Completion]) -> Completion:
+        """Make the call.
+
+        Raises:
+            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+        """
+        try:
+            return await self.run(flight)
+        finally:
+            self.log.close("end", {})
+
+    def document(self, completion: Completion) -> bytes:
+        """The whole completion in JSON, put together once for all who ask."""
+        if self._document is None:
+            events = self.log.text.split("\n\n")[:-1]
+            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
+            self._document = orjson.dumps(assembled(chunks, completion.figures))
+        return self._document
+
+    @property
+    def _shown(self) -> bool:
+        return self.log.deltas > 0
+
+    def _usage(self, answer: Completion) -> Usage | None:
+        return answer.usage
+
+    async def _read(self) -> Completion:
+        answer = _Chunks(self.plan.request, self.call_id, self._created_s)
+        async with aclosing(self._lane.provider.chunks(self.plan.request)) as chunks:
+            async for chunk in chunks:
+                for ready in answer.take(chunk):
+                    self.first_s = self.first_s or asyncio.get_running_loop().time()
+                    self.log.append(f"data: {orjson.dumps(ready).decode()}\n\n")
+        if not self._shown:
+            raise ProviderProtocolError("The provider's answer ended without a verified completion.")
+        return answer.completion(self.log)
+
+
+class _Chunks:
+    """Makes the chunks of one attempt look alike, and keeps its figures."""
+
+    def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
+        self._request = request
+        self._head: Json = {
+            "id": f"chatcmpl-{call_id}",
+            "object": "chat.completion.chunk",
+            "created": created_s,
+            "model": request.model,
+        }
+        self._choices: set[int] = set()
+        self._held: list[Chunk] | None = []
+        self._usage: Usage | None = None
+        self._figures: Json | None = None
+        self._cost_usd: float | None = None
+
+    def take(self, chunk: Chunk) -> list[Chunk]:
+        """What may be shown now: nothing before there is something to see, so that a retry takes nothing back."""
+        self._count(chunk)
+        if not self._choices:
+            self._begin(chunk)
+        tidy = self._tidy(chunk)
+        if tidy is None:
+            return []
+        if self._held is None:
+            return [tidy]
+        self._held.append(tidy)
+        if not any(_says_something(choice) for choice in tidy["choices"]):
+            return []
+        ready, self._held = self._held, None
+        return ready
+
+    def completion(self, log: StreamLog) -> Completion:
+        """The end of a good answer."""
+        usage = self._usage or _estimate(self._request, log)
+        figures = self._figures if self._usage is not None else None
+        return Completion(usage, figures or _figures(usage), self._cost_usd, self._head)
+
+    def _begin(self, chunk: Chunk) -> None:
+        # Clients take a stream's id and time from any of its chunks: they are the same in all.
+        for name, kind in (("id", str), ("created", int), ("model", str)):
+            if isinstance(chunk.get(name), kind) and chunk[name]:
+                self._head[name] = chunk[name]
+
+    def _count(self, chunk: Chunk) -> None:
+        usage, cost_usd = usage_of(chunk)
+        if usage is not None:
+            self._usage, self._figures = usage, usage_object(chunk)
+        if cost_usd is not None:
+            self._cost_usd = cost_usd
+
+    def _tidy(self, chunk: Chunk) -> Chunk | None:
+        asked = max(self._request.choices, 1)
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
+        if not choices and not chunk.keys() - _PLAIN:
+            return None
+        for choice in choices:
+            index = choice.setdefault("index", 0)
+            if index not in self._choices:
+                self._choices.add(index)
+                choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
+            choice.setdefault("finish_reason", None)
+        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
+        return {**rest, **self._head, "choices": choices}
+
+
+def _says_something(choice: Json) -> bool:
+    delta = choice.get("delta") or {}
+    return bool(choice["finish_reason"]) or any(value for name, value in delta.items() if name != "role")
+
+
+def _estimate(request: CompletionRequest, log: StreamLog) -> Usage:
+    # About four bytes of UTF-8 a token in English, and a token to a delta.
+    return Usage(-(-len(canonical(request.body.get("messages"))) // 4), log.deltas, estimated=True)
+
+
+def _figures(usage: Usage) -> Json:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "estimated": usage.estimated,
+    }
+
+
+class CompletionTicket:
+    """One request's interest in a call. Leave it, or use it in a `with` block.
+
+    Attributes:
+        role: What the request is to the call.
+        run: The call.
+    """
+
+    def __init__(
+        self, waiter: Waiter[Completion], run: CompletionRun, role: Role, org_id: str, ask: CompletionAsk
+    ) -> None:
+        self.run = run
+        self.role = role
+        self._waiter = waiter
+        self._org_id = org_id
+        self._ask = ask
+
+    async def result(self) -> Completion:
+        """The end of the call.
+
+        Raises:
+            OncewiseError: it did not end well; an object of its own for each caller.
+        """
+        return await self._waiter.result()
+
+    def leave(self) -> None:
+        """Give up the interest. Calling it again does nothing."""
+        self._waiter.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        self.leave()
+
+    def record(
+        self, *, arrived_s: float, finished_at_ms: int, completion: Completion | None, error_code: str | None
+    ) -> RequestRecord:
+        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+
+        Args:
+            arrived_s: When the request came, by the event loop's clock.
+            finished_at_ms: Now, for people.
+            completion: What it got; None if it failed.
+            error_code: Why it failed.
+        """
+        run, ended_s = self.run, asyncio.get_running_loop().time()
+        leads = self.role in (Role.LEADER, Role.BYPASS)
+        usage = completion.usage if completion is not None else Usage(0, 0)
+        cost_usd = (completion.cost_usd if completion is not None else None) or 0.0
+        return RequestRecord(
+            request_id=self._ask.request_id,
+            org_id=self._org_id,
+            surface="v1",
+            role=self.role,
+            stream=self._ask.stream,
+            provider=run.plan.request.provider,
+            model=run.plan.request.model,
+            finished_at_ms=finished_at_ms,
+            latency_ms=(ended_s - arrived_s) * 1000,
+            ttft_ms=None if completion is None else max(0.0, ((run.first_s or ended_s) - arrived_s) * 1000),
+            queue_wait_ms=(run.queue_wait_s or 0.0) * 1000 if leads else 0.0,
+            prompt_tokens=usage.prompt_tokens if leads else 0,
+            completion_tokens=usage.completion_tokens if leads else 0,
+            upstream_calls=run.calls if leads else 0,
+            tokens_saved=0 if leads else usage.total_tokens,
+            cost_usd=cost_usd if leads else 0.0,
+            cost_saved_usd=0.0 if leads else cost_usd,
+            error_code=error_code,
+            call_id=run.call_id,
+        )
+
+
+class Completions:
+    """Joins identical requests of one tenant to one call.
+
+    Args:
+        abandon_after_s: Seconds after which a call that nobody waits for is cancelled.
+
+    Attributes:
+        flights: The calls in progress.
+        closing: Nothing new is taken on.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, ProviderLane],
+        names: ModelNames,
+        *,
+        logs: StreamHub,
+        ids: Callable[[], str],
+        policy: Policy = Policy.SAFE,
+        abandon_after_s: float = 5.0,
+        listener: Listener = lambda _event: None,
+        chance: Callable[[], float] = random.random,
+        now_s: Callable[[], int] = lambda: int(time.time()),
+    ) -> None:
+        self.logs = logs
+        self.ids = ids
+        self.chance = chance
+        self.now_s = now_s
+        self.names = names
+        self.closing = False
+        self.flights = Coalescer(
+            deadline_s=None, abandon_after_s=abandon_after_s, remember=remember_s, listener=self._landed
+        )
+        self._lanes = lanes
+        self._policy = policy
+        self._listener = listener
+        self._runs: dict[tuple[str, str], CompletionRun] = {}
+        self._by_flight: dict[object, list[CompletionRun]] = {}
+        self._own: dict[RequestKey, list[CompletionRun]] = {}
+        self._keyed: dict[tuple[str, str], CompletionRun] = {}
+
+    def plan(self, org_id: str, ask: CompletionAsk) -> Plan:
+        """Whether a request would share, and under which key. Calls nobody.
+
+        Raises:
+            ModelNotFound: its model means no provider.
+        """
+        try:
+            provider, model = self.names.resolve(None, ask.body["model"])
+        except UnknownProvider:
+            raise ModelNotFound from None
+        request = CompletionRequest(
+            provider, model, {name: value for name, value in ask.body.items() if name not in _OURS}
+        )
+        body = {name: value for name, value in request.body.items() if name not in TRANSPORT}
+        body_key = request_key(org_id, KIND, provider, model, body)
+        shares, reason = self._shares(ask)
+        if shares and reason == "idempotency_key":
+            keyed = request_key(org_id, f"{KIND}#keyed", ask.idempotency_key, provider, model, body)
+            return Plan(request, body_key, keyed, reason)
+        return Plan(request, body_key, body_key if shares else None, reason)
+
+    def ignored(self, body: Mapping[str, Any]) -> dict[str, str]:
+        """The fields of a body that do not keep it apart from others, and why."""
+        return {name: reason for name, reason in TRANSPORT.items() if name in body}
+
+    def _shares(self, ask: CompletionAsk) -> tuple[bool, str]:
+        if self._policy is Policy.OFF:
+            return False, "switched_off"
+        if ask.wish is not Wish.NONE:
+            return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
+        n = ask.body.get("n")
+        several = n is not None and n > 1
+        reason = None if several else self._reason(ask.body)
+        if reason is None and ask.idempotency_key is not None:
+            reason = "idempotency_key"
+        return reason is not None, reason or ("several_choices" if several else "sampling")
+
+    def _reason(self, body: Mapping[str, Any]) -> str | None:
+        """Why a body shares by itself."""
+        temperature = body.get("temperature")
+        if self._policy is Policy.ALWAYS:
+            return "always"
+        if type(temperature) in (int, float) and temperature == 0:
+            return "temperature"
+        return "seed" if body.get("seed") is not None else None
+
+    def send(self, org_id: str, ask: CompletionAsk) -> CompletionTicket:
+        """Join the call that answers a request, or start it. Never awaits.
+
+        Raises:
+            ModelNotFound, UnknownProvider: nobody answers for its model.
+            IdempotencyMismatch: its key belongs to another request that runs.
+            ShuttingDown, Overloaded: it was not taken on.
+        """
+        if self.closing:
+            raise ShuttingDown(retry_after_s=1.0)
+        plan = self.plan(org_id, ask)
+        self._check_key(org_id, ask, plan)
+        joined = self._join(plan, ask)
+        if joined is None:
+            joined = self._start(org_id, plan, ask)
+        run = joined.run
+        run.resumable = run.resumable or ask.resumable
+        return joined
+
+    def _check_key(self, org_id: str, ask: CompletionAsk, plan: Plan) -> None:
+        if ask.idempotency_key is not None:
+            known = self._keyed.get((org_id, ask.idempotency_key))
+            if known is not None and known.plan.body_key != plan.body_key:
+                raise IdempotencyMismatch
+
+    def _join(self, plan: Plan, ask: CompletionAsk) -> CompletionTicket | None:
+        waiter: Waiter[Completion] | None = None
+        if plan.key is not None:
+            waiter = self.flights.follow(plan.key)
+        elif ask.is_retry:
+            waiter = self._adopt(plan.body_key)
+        if waiter is None:
+            return None
+        run = waiter.flight.work
+        assert isinstance(run, CompletionRun)  # noqa: S101  only `_start` puts work into these flights
+        return CompletionTicket(waiter, run, waiter.role, run.org_id, ask)
+
+    def _adopt(self, body_key: RequestKey) -> Waiter[Completion] | None:
+        """Take over a call whose only requester has gone: a client gave up waiting and asks again."""
+        for run in self._own.get(body_key, ()):
+            if run.flight.waiters == 0:
+                waiter = self.flights.follow(run.flight.key)
+                if waiter is not None and waiter.flight is run.flight:
+                    return waiter
+                if waiter is not None:
+                    waiter.leave()
+        return None
+
+    def _start(self, org_id: str, plan: Plan, ask: CompletionAsk) -> CompletionTicket:
+        try:
+            lane = self._lanes[plan.request.provider]
+        except KeyError:
+            raise ModelNotFound from None
+        run = CompletionRun(self, lane, org_id, plan)
+        key: object = plan.key or (plan.body_key, run.call_id)
+        try:
+            waiter = self.flights.join(key, run)
+        except BaseException:
+            self.logs.drop((org_id, run.call_id))
+            raise
+        run.flight = waiter.flight
+        self._runs[org_id, run.call_id] = run
+        self._by_flight.setdefault(key, []).append(run)
+        if run.own:
+            self._own.setdefault(plan.body_key, []).append(run)
+        if ask.idempotency_key is not None:
+            self._keyed.setdefault((org_id, ask.idempotency_key), run)
+            run.idempotency = (org_id, ask.idempotency_key)
+        return CompletionTicket(waiter, run, Role.BYPASS if run.own else Role.LEADER, org_id, ask)
+
+    # -- one call, by its name -----------------------------------------------------------------------------------
+
+    def watch(self, org_id: str, call_id: str) -> tuple[CompletionRun, Waiter[Completion] | None]:
+        """A call that runs, with an interest in it to be left, or one that ended a moment ago.
+
+        Raises:
+            NotFound: no such call of this tenant.
+        """
+        run = self._runs.get((org_id, call_id))
+        if run is None:
+            raise NotFound
+        if run.flight.outcome is None:
+            waiter = self.flights.follow(run.flight.key)
+            if waiter is not None and waiter.flight is run.flight:
+                return run, waiter
+            if waiter is not None:
+                waiter.leave()
+        return run, None
+
+    def cancel(self, org_id: str, call_id: str) -> CompletionRun:
+        """Stop a call for everyone; one that has ended stays as it is.
+
+        Raises:
+            NotFound: no such call of this tenant.
+        """
+        run = self._runs.get((org_id, call_id))
+        if run is None:
+            raise NotFound
+        run.resumable = True  # a second cancel finds it
+        self.flights.cancel(run.flight, TurnCancelled("The call was cancelled.").failure())
+        return run
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _landed(self, event: object) -> None:
+        assert isinstance(event, FlightLanded)  # noqa: S101  all that a coalescer tells
+        # A key may be flown again before its cancelled flight has landed: only what has an outcome is over.
+        for run in [run for run in self._by_flight.get(event.key, ()) if run.flight.outcome is not None]:
+            self._forget(event.key, run)
+        self._listener(event)
+
+    def _forget(self, key: object, run: CompletionRun) -> None:
+        _remove(self._by_flight, key, run)
+        _remove(self._own, run.plan.body_key, run)
+        if run.idempotency is not None and self._keyed.get(run.idempotency) is run:
+            del self._keyed[run.idempotency]
+        run.log.close("end", {})
+        name = (run.org_id, run.call_id)
+        if run.resumable and not self.closing:
+            asyncio.get_running_loop().call_later(self.logs.retention_s, self._runs.pop, name, None)
+        else:
+            self._runs.pop(name, None)
+            self.logs.drop(name)
+
+    def drain(self) -> None:
+        """Take nothing new on."""
+        self.closing = True
+
+    async def aclose(self, drain_s: float = 0.0) -> None:
+        """Let running calls go on for `drain_s` seconds, end the rest."""
+        self.closing = True
+        await self.flights.aclose(drain_s)
+
+
+def _remove(table: dict[Any, list[CompletionRun]], key: object, run: CompletionRun) -> None:
+    runs = table.get(key, [])
+    if run in runs:
+        runs.remove(run)
+        if not runs:
+            del table[key]

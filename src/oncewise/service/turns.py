@@ -1,0 +1,791 @@
+"""Turns: which turn a request belongs to, and the work that brings one to its end.
+
+Requests with the same identity (tenant, thread, and idempotency key, parent or fingerprint) are one *turn flight*. Its
+first act is to ask the ledger, whose one transaction decides: the request replays a stored turn, follows one that runs
+or waits, or leads a new one. Asking before joining would not do: between the answer and the join the turn may commit,
+and 6.9 % of simulated schedules then made a second call.
+
+The flight owns everything from there on: the place in the thread's queue, the lease and its heartbeat, the call flight
+it shares, the log its viewers read, and the one transaction that stores the pair. Requests only wait.
+
+Who changes what: `TurnRun` its turn and log; `Turns` the registry of runs; the ledger everything that must survive.
+
+Deliberately absent: HTTP, SQL, how a provider is called, and who may use which thread (the ledger answers for tenants).
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from oncewise.core.coalesce import Coalescer, Flight, Waiter
+from oncewise.core.keys import RequestKey, request_key
+from oncewise.core.prompt import normalise_roles
+from oncewise.core.stream_hub import StreamHub, StreamLog, Viewer
+from oncewise.errors import (
+    Failure,
+    FlightFailed,
+    LeaderLost,
+    NotFound,
+    NotPersisted,
+    OncewiseError,
+    QueueTimeout,
+    ShuttingDown,
+    StorageFull,
+    StorageUnavailable,
+    TurnCancelled,
+    UnknownProvider,
+)
+from oncewise.model import (
+    Answer,
+    ChatMessage,
+    ChatRequest,
+    OnBusy,
+    OnDisconnect,
+    RequestRecord,
+    Role,
+    StoredTurn,
+    TurnAsk,
+    TurnClaim,
+    TurnState,
+)
+from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.service.calls import CallResult, CallRun, Calls
+from oncewise.service.turn_outcomes import Admitted, TurnResult, done_event, error_event, failure_of
+
+__all__ = ["TurnRules", "TurnTicket", "Turns"]
+
+
+MAX_TURN_ATTEMPTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRules:
+    """Numbers that turns go by; see the settings of the same names."""
+
+    replay_window_s: float = 30.0
+    lease_s: float = 10.0
+    queue_limit: int = 32
+    queue_wait_s: float = 300.0
+    commit_patience_s: float = 30.0
+    poll_s: float = 0.1
+
+
+class TurnRun:
+    """The work of one turn flight.
+
+    Attributes:
+        admitted: Set, and announced, once the ledger has decided.
+        log: The turn's log while this run leads it.
+        ended: Set when a led turn has come to its end here.
+    """
+
+    def __init__(self, desk: "Turns", ask: TurnAsk) -> None:
+        self.ask = ask
+        self.admitted: Admitted | None = None
+        self.log: StreamLog | None = None
+        self.viewed = self
+        self.ended = asyncio.Event()
+        self.key: RequestKey | None = None
+        self._desk = desk
+        self._flight: Flight[TurnResult] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._claim: TurnClaim | None = None
+        self._call: CallRun | None = None
+        self._led_call = False
+        self._stop: Failure | None = None
+        self._keep_partial = True
+        self._fenced = False
+        self._watched = False
+        self._visible = False
+        self._showing = asyncio.Lock()
+        self._started_s = 0.0
+
+    # -- admission -----------------------------------------------------------------------------------------------
+
+    async def __call__(self, flight: Flight[TurnResult]) -> TurnResult:
+        """Bring the request to its answer.
+
+        Raises:
+            OncewiseError: whatever ended the turn; it has been stored and told to the viewers before.
+        """
+        self._flight = flight
+        self._task = asyncio.current_task()
+        self._started_s = asyncio.get_running_loop().time()
+        while True:
+            match await self._admit():
+                case Lead(claim, position):
+                    return await self._lead(claim, position)
+                case Replay(turn):
+                    return self._replay(turn, Role.REPLAYED)
+                case Follow(turn):
+                    result = await self._follow(turn)
+                    if result is not None:
+                        return result
+
+    async def _admit(self) -> Admission:
+        rules = self._desk.rules
+        admitting = asyncio.ensure_future(
+            self._desk.ledger.admit(
+                self.ask,
+                owner=self._desk.owner,
+                lease_s=rules.lease_s,
+                replay_window_s=rules.replay_window_s,
+                queue_limit=rules.queue_limit,
+            )
+        )
+        try:
+            return await asyncio.shield(admitting)
+        except asyncio.CancelledError:
+            # The row may be in by now. Left open, it would hold up its thread until the lease lapses.
+            admission = await admitting
+            if isinstance(admission, Lead):
+                await self._end(admission.claim, TurnState.CANCELLED, TurnCancelled().failure())
+            raise
+
+    def _announce(self, turn_id: str, role: Role, state: TurnState, epoch: int, position: int) -> None:
+        ask = self.ask
+        meta = self._desk.calls.lane(ask.provider).meta
+        self.admitted = Admitted(turn_id, ask.thread_id, role, state, epoch, position, ask.provider, ask.model, meta)
+        if self._flight is not None:
+            self._flight.announce()
+
+    def _replay(self, turn: StoredTurn, role: Role) -> TurnResult:
+        self._announce(turn.id, role, turn.state, turn.epoch, 0)
+        if turn.state is not TurnState.COMPLETED:
+            raise failure_of(turn).error()
+        return TurnResult(turn)
+
+    async def _follow(self, turn: StoredTurn) -> TurnResult | None:
+        """The outcome of a turn that another flight leads; None if that is being stopped: the ledger is asked anew."""
+        run = self._desk.run_of(self.ask.org_id, turn.id)
+        if run is None:
+            return await self._follow_row(turn)
+        waiter = None if run.key is None or run.stopping else self._desk.flights.follow(run.key)
+        if waiter is None or waiter.flight.work is not run:
+            if waiter is not None:
+                waiter.leave()
+            await run.ended.wait()
+            return None
+        self.viewed = run
+        position = run.admitted.position if run.admitted else 0
+        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, position)
+        try:
+            with waiter:
+                leading: TurnResult = await waiter.result()
+                return leading
+        finally:
+            if self._stop is not None and waiter.flight.waiters == 0:
+                run.stop(self._stop)
+
+    async def _follow_row(self, turn: StoredTurn) -> TurnResult:
+        """The outcome of a turn that another process leads, by its row; takes it over if that process is lost."""
+        ledger, ask = self._desk.ledger, self.ask
+        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
+        wait_s = self._desk.rules.poll_s
+        while not turn.state.final:
+            if turn.lease_lapsed:
+                claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
+                taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
+                if taken is not None:
+                    return await self._take_over(turn, taken)
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 1.5, 0.5)
+            turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
+        return self._replay(turn, Role.FOLLOWER)
+
+    async def _take_over(self, turn: StoredTurn, claim: TurnClaim) -> TurnResult:
+        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+            # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
+            lost = LeaderLost().failure()
+            await self._desk.ledger.end(
+                claim,
+                TurnState.INTERRUPTED,
+                lost,
+                partial=turn.partial,
+                partial_seq=turn.partial_seq,
+                call_id=turn.call_id,
+            )
+            raise lost.error()
+        self.ask = turn.ask
+        return await self._lead(claim, 0)
+
+    # -- leading -------------------------------------------------------------------------------------------------
+
+    async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
+        self._claim = claim
+        self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
+        self._desk.enter(claim, self)
+        role = Role.BYPASS if self.ask.force_new else Role.LEADER
+        self._announce(claim.turn_id, role, TurnState.PENDING, claim.epoch, position)
+        beat = asyncio.create_task(self._beat(claim))
+        try:
+            return await self._answer(claim, position)
+        except asyncio.CancelledError:
+            return await self._stopped(claim)
+        except OncewiseError as error:
+            return await self._failed(claim, error.failure())
+        except Exception as error:
+            await self._failed(claim, FlightFailed().failure(), cause=error)
+            raise
+        finally:
+            beat.cancel()
+            self._desk.leave(claim)
+            self.ended.set()
+
+    async def _answer(self, claim: TurnClaim, position: int) -> TurnResult:
+        if position > 0 and self.ask.on_busy in (OnBusy.INTERRUPT, OnBusy.ROLLBACK):
+            self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
+        await self._wait_for_place(claim, position)
+        history = await self._desk.ledger.history(claim.org_id, claim.thread_id)
+        waiter, call = self._desk.calls.join(claim.org_id, self._request(history), claim)
+        with waiter:
+            self._call = call
+            self._led_call = waiter.role is Role.LEADER
+            call.when_started(self._call_started)
+            await self._copy(call)
+            result = await waiter.result()
+        return await self._commit(claim, result)
+
+    async def _wait_for_place(self, claim: TurnClaim, position: int) -> None:
+        """Wait until the turns that came first have ended."""
+        deadline_s = self._started_s + self._desk.rules.queue_wait_s
+        while position > 0:
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
+            # Turns of this process wake us; those of another are seen by looking.
+            await self._desk.turn_ended(claim, min(left_s, 0.5))
+            position = await self._desk.ledger.position(claim)
+
+    def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
+        ask = self.ask
+        messages = normalise_roles((*history, ChatMessage("user", ask.content)))
+        return ChatRequest(ask.provider, ask.model, messages, ask.params)
+
+    def _call_started(self) -> None:
+        if self._flight is not None:
+            self._flight.mark_running()
+            self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
+
+    async def _copy(self, call: CallRun) -> None:
+        """Bring the call's text into the turn's log as it comes."""
+        viewer = call.log.view()
+        try:
+            while not viewer.ended:
+                await viewer.wait(3600.0)
+                text = viewer.take().decode()
+                if text:
+                    await self._publish(text)
+        finally:
+            viewer.close()
+
+    async def _publish(self, text: str) -> None:
+        if self.log is None:
+            return
+        if self._watched and not self._visible:
+            await self._show()
+        if self.log.deltas == 0:
+            self._tell_first_token()
+        self.log.append(text)
+
+    def _tell_first_token(self) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self.log is not None:
+            self.log.note(
+                "meta",
+                {"ttft_ms": round((now_s - self._started_s) * 1000), "queue_wait_ms": round(self.queue_wait_ms)},
+            )
+
+    @property
+    def queue_wait_ms(self) -> float:
+        """Milliseconds from the start of the flight to the start of its call."""
+        waited = self._call.queue_wait_s if self._call is not None else None
+        return (waited or 0.0) * 1000
+
+    @property
+    def requesters(self) -> int:
+        """How many requests wait for this turn."""
+        return self._flight.waiters if self._flight is not None else 0
+
+    @property
+    def upstream_calls(self) -> int:
+        """Requests this flight made to the provider; 0 while it shares the call of another."""
+        return self._call.calls if self._call is not None and self._led_call else 0
+
+    async def watch(self) -> StreamLog | None:
+        """The log, for a viewer: from now on the turn is marked visible before a delta is shown."""
+        self._watched = True
+        if self.log is not None and self.log.deltas and not self._visible and not self.ended.is_set():
+            await self._show()
+        return self.log
+
+    async def _show(self) -> None:
+        async with self._showing:
+            if self._visible or self._claim is None:
+                return
+            if not await self._desk.ledger.mark_visible(self._claim):
+                if self.ended.is_set():
+                    return
+                self._fence()
+                await asyncio.sleep(0)
+            self._visible = True
+
+    # -- the lease -----------------------------------------------------------------------------------------------
+
+    async def _beat(self, claim: TurnClaim) -> None:
+        """Keep the lease; fence ourselves when it is lost or cannot be kept."""
+        rules, loop = self._desk.rules, asyncio.get_running_loop()
+        kept_s = loop.time()
+        while True:
+            await asyncio.sleep(rules.lease_s / 3)
+            text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
+            asked_s = loop.time()
+            try:
+                alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+            except (StorageUnavailable, StorageFull):
+                alive = loop.time() - kept_s < rules.lease_s - 1.0
+            else:
+                kept_s = asked_s
+            if not alive:
+                self._fence()
+                return
+
+    def _fence(self) -> None:
+        self._fenced = True
+        if self._task is not None:
+            self._task.cancel()
+
+    # -- endings -------------------------------------------------------------------------------------------------
+
+    @property
+    def idx(self) -> int:
+        """The turn's place in its thread; -1 before it is known."""
+        return self._claim.idx if self._claim is not None else -1
+
+    @property
+    def stopping(self) -> bool:
+        """Whether this run is being stopped, so that nobody should join it."""
+        return self._stop is not None or self.ended.is_set()
+
+    def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
+        """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
+        if self._stop is None and not self.ended.is_set() and self._flight is not None:
+            self._stop = failure
+            self._keep_partial = keep_partial
+            self._desk.flights.cancel(self._flight, failure)
+
+    async def _commit(self, claim: TurnClaim, call: CallResult) -> TurnResult:
+        completion = call.completion
+        answer = Answer(
+            text=call.text,
+            finish_reason=completion.finish_reason,
+            usage=call.usage,
+            model=completion.model or self.ask.model,
+            call_id=call.call_id,
+            citations=completion.citations,
+            shared=not self._led_call,
+            deltas=self.log.deltas if self.log is not None else 0,
+            cost_usd=completion.cost_usd,
+            meta=self._desk.calls.lane(self.ask.provider).meta,
+        )
+        stored = await self._store(claim, answer)
+        if stored is None:
+            return await self._settle(claim)
+        self._close("done", done_event(stored))
+        return TurnResult(
+            stored,
+            upstream_calls=self.upstream_calls,
+            queue_wait_ms=call.queue_wait_s * 1000,
+            first_delta_s=call.first_delta_s,
+            cost_usd=completion.cost_usd,
+        )
+
+    async def _store(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._desk.rules.commit_patience_s
+        wait_s = 0.05
+        while True:
+            try:
+                return await self._desk.ledger.commit(claim, answer)
+            except StorageUnavailable:
+                if loop.time() + wait_s > give_up_s:
+                    raise NotPersisted(retry_after_s=1.0) from None
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, 2.0)
+
+    async def _failed(
+        self, claim: TurnClaim, failure: Failure, state: TurnState = TurnState.FAILED, cause: Exception | None = None
+    ) -> TurnResult:
+        """End the turn in the ledger, then for the viewers, then for the requests."""
+        try:
+            stored = await self._end(claim, state, failure)
+            if stored is None:
+                return await self._settle(claim)
+        except (StorageUnavailable, StorageFull):
+            # The row stays open and is swept when its lease has lapsed; who waits is told what happened.
+            stored = None
+        self._close_failed(stored, failure, state)
+        raise failure.error() from cause
+
+    async def _end(self, claim: TurnClaim, state: TurnState, failure: Failure) -> StoredTurn | None:
+        text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
+        if not self._keep_partial:
+            text = ""
+        call_id = self._call.call_id if self._call is not None else None
+        return await self._desk.ledger.end(claim, state, failure, partial=text, partial_seq=seq, call_id=call_id)
+
+    def _close_failed(self, stored: StoredTurn | None, failure: Failure, state: TurnState) -> None:
+        if state is TurnState.CANCELLED and stored is not None:
+            self._close("done", done_event(stored))
+        else:
+            chars = len(self.log.text) if self.log is not None else 0
+            self._close("error", error_event(failure, state, chars))
+
+    async def _stopped(self, claim: TurnClaim) -> TurnResult:
+        """The task was cancelled: fenced, stopped by a caller, left by everyone, or the server goes down."""
+        if self._fenced:
+            return await self._settle(claim)
+        if self._desk.closing and self._stop is None:
+            await self._hand_back(claim)
+            raise ShuttingDown(retry_after_s=1.0)
+        failure = self._stop or TurnCancelled().failure()
+        return await self._failed(claim, failure, TurnState.CANCELLED)
+
+    async def _hand_back(self, claim: TurnClaim) -> None:
+        """Let another process take the turn at once, and viewers resume there."""
+        text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
+        try:
+            # What was shown since the last beat would be lost.
+            await self._desk.ledger.beat(claim, lease_s=self._desk.rules.lease_s, partial=text, partial_seq=seq)
+            await self._desk.ledger.release(claim)
+        except (StorageUnavailable, StorageFull):
+            pass
+        finally:
+            if self.log is not None:
+                self.log.sever()
+
+    async def _settle(self, claim: TurnClaim) -> TurnResult:
+        """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
+        ledger, ask = self._desk.ledger, self.ask
+        turn = await ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+        while not turn.state.final:
+            await asyncio.sleep(self._desk.rules.poll_s)
+            turn = await ledger.turn(ask.org_id, ask.thread_id, claim.turn_id)
+        if turn.state is not TurnState.COMPLETED:
+            failure = failure_of(turn)
+            self._close_failed(turn, failure, turn.state)
+            raise failure.error()
+        self._show_stored(turn)
+        return TurnResult(turn)
+
+    def _show_stored(self, turn: StoredTurn) -> None:
+        """End the log with the stored text, which a later owner may have written."""
+        if self.log is None or self.log.closed or turn.assistant_message is None:
+            return
+        if turn.epoch > self.log.epoch:
+            self.log.restart(turn.epoch, "reset", {"epoch": turn.epoch, "reason": "leader_lost"})
+            self.log.append(turn.assistant_message.content)
+        self._close("done", done_event(turn))
+
+    def _close(self, name: str, data: dict[str, Any]) -> None:
+        if self.log is not None:
+            self.log.close(name, data)
+
+
+class TurnTicket:
+    """One request's interest in its turn. Use it in a `with` block: leaving the block gives the interest up.
+
+    Attributes:
+        request_id: What the sender calls the request; `Turns.cancel_request` takes it.
+        viewer: Set by whoever streams, so that a withdrawal wakes it.
+        withdrawn: Whether the request was cancelled by its id.
+    """
+
+    __slots__ = ("_desk", "_waiter", "ask", "request_id", "run", "viewer", "withdrawn")
+
+    def __init__(self, desk: "Turns", waiter: Waiter[TurnResult], ask: TurnAsk, request_id: str) -> None:
+        run = waiter.flight.work
+        assert isinstance(run, TurnRun)  # noqa: S101  only `Turns.send` puts work into these flights
+        self.ask = ask
+        self.request_id = request_id
+        self.run = run
+        self.viewer: Viewer | None = None
+        self.withdrawn = False
+        self._desk = desk
+        self._waiter = waiter
+
+    async def admitted(self) -> Admitted:
+        """What is known of the turn; waits until the ledger has decided.
+
+        Raises:
+            OncewiseError: the request was not admitted.
+        """
+        await self._waiter.announced()
+        admitted = self.run.admitted
+        if admitted is None:
+            await self._waiter.result()
+            raise FlightFailed
+        return admitted
+
+    def role(self) -> Role:
+        """What this request is to its turn: the first of a led turn leads, the others follow."""
+        admitted = self.run.admitted
+        if admitted is None:
+            return self._waiter.role
+        if admitted.role in (Role.LEADER, Role.BYPASS) and self._waiter.role is not Role.LEADER:
+            return Role.FOLLOWER
+        return admitted.role
+
+    async def result(self) -> TurnResult:
+        """The completed turn.
+
+        Raises:
+            OncewiseError: how the turn ended, or `TurnCancelled` if this request was withdrawn.
+        """
+        return await self._waiter.result()
+
+    async def watch(self) -> StreamLog | None:
+        """The log of the turn, for streaming; None if it runs in another process or is only stored."""
+        return await self.run.viewed.watch()
+
+    def record(
+        self,
+        *,
+        arrived_s: float,
+        ended_s: float,
+        finished_at_ms: int,
+        stream: bool,
+        result: TurnResult | None,
+        error_code: str | None,
+    ) -> RequestRecord:
+        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+
+        Args:
+            arrived_s: When the request came, by the event loop's clock.
+            ended_s: When its answer was ready, by the same clock.
+            finished_at_ms: The same moment for people, in milliseconds since the epoch.
+            stream: Whether the answer was streamed.
+            result: What the request got; None if it failed.
+            error_code: Why it failed.
+        """
+        role, admitted = self.role(), self.run.admitted
+        leads = role in (Role.LEADER, Role.BYPASS)
+        calls = self.run.upstream_calls if leads else 0
+        usage = result.stored.usage if result is not None else None
+        tokens = usage.total_tokens if usage is not None else 0
+        cost_usd = (result.cost_usd if result is not None else None) or 0.0
+        first_s = result.first_delta_s if result is not None else None
+        return RequestRecord(
+            request_id=self.request_id,
+            org_id=self.ask.org_id,
+            surface="threads",
+            role=role,
+            stream=stream,
+            provider=self.ask.provider,
+            model=self.ask.model,
+            finished_at_ms=finished_at_ms,
+            latency_ms=(ended_s - arrived_s) * 1000,
+            ttft_ms=None if result is None else max(0.0, ((first_s or ended_s) - arrived_s) * 1000),
+            queue_wait_ms=self.run.queue_wait_ms if leads else 0.0,
+            prompt_tokens=usage.prompt_tokens if usage is not None and calls else 0,
+            completion_tokens=usage.completion_tokens if usage is not None and calls else 0,
+            upstream_calls=calls,
+            tokens_saved=0 if calls else tokens,
+            cost_usd=cost_usd if calls else 0.0,
+            cost_saved_usd=0.0 if calls else cost_usd,
+            error_code=error_code,
+            turn_id=admitted.turn_id if admitted is not None else None,
+            call_id=result.stored.call_id if result is not None else None,
+        )
+
+    def withdraw(self) -> None:
+        """Cancel this request: it ends as cancelled, and the turn with it if no other request is interested."""
+        self.withdrawn = True
+        flight = self._waiter.flight
+        self._waiter.withdraw(TurnCancelled().failure())
+        if self.viewer is not None:
+            self.viewer.close()
+        if flight.waiters == 0:
+            self.run.stop(TurnCancelled().failure())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._waiter.leave()
+        self._desk.forget(self)
+
+
+class Turns:
+    """All turns of this process: admits requests, keeps the runs, wakes who waits for a place."""
+
+    def __init__(
+        self,
+        *,
+        ledger: TurnLedger,
+        calls: Calls,
+        flights: Coalescer,
+        hub: StreamHub,
+        owner: str,
+        rules: TurnRules,
+        ids: Callable[[], str],
+    ) -> None:
+        self.ledger = ledger
+        self.calls = calls
+        self.flights = flights
+        self.hub = hub
+        self.owner = owner
+        self.rules = rules
+        self.closing = False
+        self._ids = ids
+        self._last_identity: tuple[TurnAsk | None, RequestKey] = (None, request_key("none", "turn"))
+        self._runs: dict[tuple[str, str], TurnRun] = {}
+        self._gates: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
+        self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
+
+    def send(self, ask: TurnAsk, request_id: str) -> TurnTicket:
+        """Join the turn a request belongs to, or start one. Never awaits.
+
+        Raises:
+            IdempotencyMismatch: the key is in use by a different request that runs now.
+            Overloaded, ShuttingDown: the request was not taken on.
+        """
+        if self.closing:
+            raise ShuttingDown(retry_after_s=1.0)
+        key = self._identity(ask)
+        waiter = self.flights.follow(key)
+        if waiter is None:
+            run = TurnRun(self, ask)
+            run.key = key
+            waiter = self.flights.join(key, run)
+        ticket = TurnTicket(self, waiter, ask, request_id)
+        self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
+        return ticket
+
+    def _identity(self, ask: TurnAsk) -> RequestKey:
+        """Requests of one identity share a flight; which turn that flight belongs to, the ledger decides."""
+        last, key = self._last_identity
+        if ask is last:
+            return key
+        key = self._new_identity(ask)
+        if not ask.force_new:
+            # Of a burst of identical requests every one comes with the same ask.
+            self._last_identity = (ask, key)
+        return key
+
+    def _new_identity(self, ask: TurnAsk) -> RequestKey:
+        if ask.idempotency_key is not None:
+            # With the fingerprint: another request under the same key must be told so, not joined.
+            parts = ["key", ask.idempotency_key, ask.fingerprint]
+        elif ask.parent_message_id is not None:
+            parts = ["parent", ask.parent_message_id, ask.fingerprint]
+        elif ask.force_new:
+            parts = ["own", self._ids()]
+        else:
+            parts = ["fingerprint", ask.fingerprint]
+        return request_key(ask.org_id, "turn", ask.thread_id, *parts)
+
+    def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
+        """The run that leads a turn in this process."""
+        return self._runs.get((org_id, turn_id))
+
+    def meta_of(self, turn: StoredTurn) -> Mapping[str, Any]:
+        """What a turn's stream says of who answers, e.g. that it is the demo."""
+        message = turn.assistant_message
+        if turn.state is TurnState.COMPLETED and message is not None:
+            # Not the lane's: the server may have been started again with other providers.
+            return message.meta
+        try:
+            return self.calls.lane(turn.ask.provider).meta
+        except UnknownProvider:
+            return {}
+
+    def forget(self, ticket: TurnTicket) -> None:
+        """Drop a ticket whose request has ended."""
+        key = (ticket.ask.org_id, ticket.request_id)
+        tickets = self._tickets.get(key, [])
+        if ticket in tickets:
+            tickets.remove(ticket)
+        if not tickets:
+            self._tickets.pop(key, None)
+
+    def cancel_request(self, org_id: str, request_id: str) -> None:
+        """Withdraw the request of that id, or all if the sender gave several the same.
+
+        Raises:
+            NotFound: no such request of this tenant is in progress.
+        """
+        tickets = self._tickets.get((org_id, request_id))
+        if not tickets:
+            raise NotFound
+        for ticket in list(tickets):
+            ticket.withdraw()
+
+    async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
+        """Stop a turn for everyone; return it in its final state. A final turn stays as it is.
+
+        Raises:
+            NotFound: no such turn of this tenant and thread.
+        """
+        turn = await self.ledger.turn(org_id, thread_id, turn_id)
+        run = self._runs.get((org_id, turn_id))
+        if run is not None:
+            run.stop(TurnCancelled().failure())
+            await run.ended.wait()
+            turn = await self.ledger.turn(org_id, thread_id, turn_id)
+        return turn
+
+    async def cancel_thread(self, org_id: str, thread_id: str) -> None:
+        """Stop every turn of a thread that runs or waits in this process."""
+        runs = [run for (org, _), run in self._runs.items() if org == org_id and run.ask.thread_id == thread_id]
+        for run in runs:
+            run.stop(TurnCancelled().failure())
+        for run in runs:
+            await run.ended.wait()
+
+    async def aclose(self, drain_s: float) -> None:
+        """Take nothing on, let turns run on for `drain_s` seconds, hand the rest back."""
+        self.closing = True
+        await self.flights.aclose(drain_s)
+
+    # -- for runs ------------------------------------------------------------------------------------------------
+
+    def enter(self, claim: TurnClaim, run: TurnRun) -> None:
+        """A run leads a turn from now on."""
+        self._runs[claim.org_id, claim.turn_id] = run
+
+    def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
+        """Stop the turn that runs before the claimed one. Those that wait between them keep their places."""
+        before = [
+            run
+            for (org_id, _), run in self._runs.items()
+            if org_id == claim.org_id and run.ask.thread_id == claim.thread_id and run.idx < claim.idx
+        ]
+        if before:
+            min(before, key=lambda run: run.idx).stop(TurnCancelled().failure(), keep_partial=keep_partial)
+
+    def leave(self, claim: TurnClaim) -> None:
+        """A run leads its turn no more; whoever waits behind it looks again."""
+        self._runs.pop((claim.org_id, claim.turn_id), None)
+        for gate in self._gates.pop((claim.org_id, claim.thread_id), ()):
+            if not gate.done():
+                gate.set_result(None)
+
+    async def turn_ended(self, claim: TurnClaim, timeout_s: float) -> None:
+        """Wait until some turn of the claim's thread has ended here, at most `timeout_s` seconds."""
+        gate = asyncio.get_running_loop().create_future()
+        gates = self._gates.setdefault((claim.org_id, claim.thread_id), set())
+        gates.add(gate)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await gate
+        except TimeoutError:
+            return
+        finally:
+            gates.discard(gate)
+            if not gates and self._gates.get((claim.org_id, claim.thread_id)) is gates:
+                del self._gates[claim.org_id, claim.thread_id]

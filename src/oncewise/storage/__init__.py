@@ -1,0 +1,1 @@
+"""Tables and queries, and the engines that run them."""

@@ -1,0 +1,33 @@
+"""Events as log lines: a stable action, and fields. Never message text, keys of requests or secrets.
+
+Deliberately absent: where logs go and how they look. The program that starts the server decides that.
+"""
+
+import logging
+
+from oncewise.core.coalesce import FlightLanded
+from oncewise.core.keys import RequestKey
+
+__all__ = ["log_event"]
+
+logger = logging.getLogger("oncewise.flights")
+
+
+def log_event(event: object) -> None:
+    """Write a line for a landed flight: at debug level if it ended well, at info level if not."""
+    if isinstance(event, FlightLanded):
+        level = logging.DEBUG if event.code is None else logging.INFO
+        if logger.isEnabledFor(level):
+            logger.log(level, "flight landed", extra=_fields(event))
+
+
+def _fields(event: FlightLanded) -> dict[str, object]:
+    key = event.key
+    return {
+        # Enough of the digest to correlate, nothing to leak.
+        "flight": f"{key.kind}:{key.digest[:8]}" if isinstance(key, RequestKey) else "",
+        "joined": event.joined,
+        "abandoned": event.abandoned,
+        "duration_ms": round(event.duration_s * 1000),
+        "code": event.code or "ok",
+    }

@@ -1,0 +1,106 @@
+"""Figures for Prometheus: counters that finished requests move, and gauges read when somebody looks.
+
+Label sets are bounded: surface, role, outcome. Never a tenant, a thread, a key or a model that a client names; those
+would make a time series each.
+
+Deliberately absent: several processes. One registry belongs to one server process.
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from oncewise.core.coalesce import CoalescerStats, FlightLanded
+from oncewise.core.stream_hub import HubStats
+from oncewise.model import RequestRecord
+
+__all__ = ["Prometheus"]
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_WIDTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 5000)
+
+
+class _Held(Collector):
+    """What is held at the moment of the scrape."""
+
+    def __init__(self, flights: Callable[[], CoalescerStats], hub: Callable[[], HubStats]) -> None:
+        self._flights = flights
+        self._hub = hub
+
+    def collect(self) -> list[Metric]:
+        """The gauges."""
+        flights, hub = self._flights(), self._hub()
+        values = {
+            "oncewise_live_flights": ("Turns in progress.", flights.flights),
+            "oncewise_waiters": ("Requests that wait for a turn.", flights.waiters),
+            "oncewise_open_logs": ("Streams that have not ended.", hub.open_logs),
+            "oncewise_live_viewers": ("Viewers of streams.", hub.viewers),
+            "oncewise_log_bytes": ("Bytes held for viewers.", hub.bytes),
+        }
+        return [GaugeMetricFamily(name, text, value=value) for name, (text, value) in values.items()]
+
+
+class Prometheus:
+    """A registry that listens to events and prints itself.
+
+    Args:
+        flights: What the turn flights hold now.
+        hub: What the stream hub holds now.
+    """
+
+    def __init__(self, flights: Callable[[], CoalescerStats], hub: Callable[[], HubStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_Held(flights, hub))
+        registry = self._registry
+        self._requests = Counter("oncewise_requests", "Finished requests.", ["surface", "outcome"], registry=registry)
+        self._coalesce = Counter("oncewise_coalesce", "Finished requests by role.", ["role"], registry=registry)
+        self._calls = Counter("oncewise_upstream_calls", "Provider calls, retries included.", registry=registry)
+        self._saved = Counter("oncewise_calls_saved", "Requests answered without a call.", registry=registry)
+        self._latency = Histogram(
+            "oncewise_request_duration_seconds",
+            "From a request's arrival to its answer.",
+            ["surface", "role"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._ttft = Histogram(
+            "oncewise_ttft_seconds",
+            "From a request's arrival to the first token it could be shown.",
+            ["role"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._wait = Histogram(
+            "oncewise_queue_wait_seconds",
+            "What leading requests waited for their call to start.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._width = Histogram(
+            "oncewise_fanout_width", "Requests that shared a flight.", buckets=_WIDTHS, registry=registry
+        )
+
+    def __call__(self, event: object) -> None:
+        """Count an event; others than its own are ignored."""
+        if isinstance(event, RequestRecord):
+            self._count(event)
+        elif isinstance(event, FlightLanded):
+            self._width.observe(event.joined + 1)
+
+    def _count(self, record: RequestRecord) -> None:
+        self._requests.labels(record.surface, record.error_code or "ok").inc()
+        self._coalesce.labels(record.role.value).inc()
+        self._calls.inc(record.upstream_calls)
+        if record.error_code is None and record.upstream_calls == 0:
+            self._saved.inc()
+        self._latency.labels(record.surface, record.role.value).observe(record.latency_ms / 1000)
+        if record.ttft_ms is not None:
+            self._ttft.labels(record.role.value).observe(record.ttft_ms / 1000)
+        if record.upstream_calls and record.queue_wait_ms is not None:
+            self._wait.observe(record.queue_wait_ms / 1000)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self._registry)

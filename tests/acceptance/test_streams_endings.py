@@ -1,0 +1,358 @@
+"""Every way a turn can end, as the viewers, the callers, the thread and the provider see it."""
+
+import asyncio
+import random
+import re
+import time
+
+import pytest
+
+from tests.support.fake_provider import FakeProvider
+from tests.support.http import ORG, serve
+from tests.support.scripted import ScriptedProvider
+from tests.support.watching import names, serve_openai, terminal, text_of, until, watching
+
+
+@pytest.fixture
+async def fake():
+    async with FakeProvider() as provider:
+        yield provider
+
+
+@pytest.fixture
+async def site(tmp_path, fake):
+    """A server whose provider would talk for four seconds."""
+    async with serve_openai(tmp_path, fake, "n200-gap20", drain_s=0) as site:
+        yield site
+
+
+def stream_of(thread):
+    return f"/api/threads/{thread}/messages/stream"
+
+
+def watch_as(site, thread, request_id, content="Hello", **fields):
+    return watching(site, stream_of(thread), {"content": content, **fields}, [("x-request-id", request_id)])
+
+
+async def thread_of(site, thread):
+    return (await site.ask("GET", f"/api/threads/{thread}")).json()["messages"]
+
+
+async def turn_of(site, thread, turn):
+    return (await site.ask("GET", f"/api/threads/{thread}/turns/{turn}")).json()
+
+
+async def cancel_turn(site, thread, turn):
+    return await site.ask("POST", f"/api/threads/{thread}/turns/{turn}/cancel")
+
+
+async def cancel_request(site, request_id):
+    return await site.ask("POST", f"/api/threads/cancel/{request_id}")
+
+
+# -- the provider fails ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "code"),
+    [
+        ("n9-gap15-cut3", "provider_protocol"),
+        ("n3-gap15-nofinish", "provider_protocol"),
+        ("n3-gap15-errinstream", "provider_error"),
+    ],
+)
+async def test_a_failure_after_text_keeps_the_text_out_of_the_next_prompt(site, fake, model, code):
+    """One `error` that counts what was shown; the pair is stored as partial; asking again gives a clean pair."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "r", model=model) as watch:
+        await watch.rest()
+    error = terminal(watch.events)
+    first = await thread_of(site, thread)
+    again = await site.stream(thread, model="n2")
+    pairs = await thread_of(site, thread)
+
+    assert (error.name, error.data["state"], error.data["code"]) == ("error", "failed", code)
+    assert error.data["partial_chars"] == len(watch.text) > 0
+    assert (await turn_of(site, thread, watch.turn_id))["state"] == "failed"
+    assert [(message["status"], message["content"]) for message in first] == [
+        ("complete", "Hello"),
+        ("partial", watch.text),
+    ]
+    assert again.status == 200
+    assert [message["status"] for message in pairs] == ["complete", "partial", "complete", "complete"]
+    assert (await fake.call(fake.count)).request["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+async def test_a_failure_before_text_leaves_no_messages(site, fake):
+    """The thread is as before; asking again leaves exactly two."""
+    thread = await site.thread()
+    refused = await site.stream(thread, model="err400")
+    between = await thread_of(site, thread)
+    again = await site.stream(thread, model="n2")
+
+    assert (refused.status, refused.code) == (502, "provider_error")
+    assert between == []
+    assert again.status == 200
+    assert [message["status"] for message in await thread_of(site, thread)] == ["complete", "complete"]
+    assert fake.count == 2
+
+
+# -- cancelling --------------------------------------------------------------------------------------------------
+
+
+async def test_cancelling_a_turn_closes_the_providers_connection_within_a_second(site, fake):
+    """Every stream ends with the same `done`; a second cancel answers the same and changes nothing."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as one, watch_as(site, thread, "b") as two:
+        await one.until("delta")
+        call = await fake.call(1)
+        asked_s = time.monotonic()
+        first = await cancel_turn(site, thread, one.turn_id)
+        await asyncio.gather(one.rest(), two.rest())
+        async with asyncio.timeout(5):
+            await call.ended.wait()
+    second = await cancel_turn(site, thread, one.turn_id)
+
+    assert call.closed_by_client
+    assert call.ended_s - asked_s < 1.0
+    ending = terminal(one.events)
+    assert (ending.name, ending.data["state"], ending.data["reason"]) == ("done", "cancelled", "cancelled")
+    assert (ending.id, ending.data) == (terminal(two.events).id, terminal(two.events).data)
+    assert (first.status, first.json()["state"]) == (200, "cancelled")
+    assert (second.status, second.json()) == (200, first.json())
+    assert (await thread_of(site, thread))[1]["content"] == one.text == two.text
+    assert (await thread_of(site, thread))[1]["status"] == "partial"
+    assert fake.count == 1
+
+
+async def test_a_late_cancel_never_touches_a_newer_turn(site):
+    """Neither of the turn nor of a request that has its answer."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "old", model="n2") as old:
+        await old.rest()
+    async with watch_as(site, thread, "new", content="Next", model="n9-gap30") as new:
+        await new.until("delta")
+        late = await cancel_turn(site, thread, old.turn_id)
+        gone = await cancel_request(site, "old")
+        await new.rest()
+
+    assert (late.status, late.json()["state"]) == (200, "completed")
+    assert gone.status == 404
+    assert terminal(new.events).data["state"] == "completed"
+
+
+async def test_requests_are_withdrawn_one_by_one_and_the_last_stops_the_call(site, fake):
+    """Each cancelled stream ends as cancelled without an id, the others go on; a joined JSON caller counts too."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as one, watch_as(site, thread, "b") as two:
+        asked = asyncio.create_task(site.say(thread, headers=[("x-request-id", "c")]))
+        await until(lambda: site.services.turns.flights.stats().waiters == 3)
+        await two.until("delta")
+        call = await fake.call(1)
+        assert (await cancel_request(site, "a")).status == 200
+        await one.rest()
+        assert (await cancel_request(site, "c")).status == 200
+        refused = await asked
+        await two.until("delta")
+        assert not call.ended.is_set()
+        asked_s = time.monotonic()
+        assert (await cancel_request(site, "b")).status == 200
+        await two.rest()
+        async with asyncio.timeout(5):
+            await call.ended.wait()
+
+    for watch in (one, two):
+        assert (terminal(watch.events).id, terminal(watch.events).data["state"]) == (None, "cancelled")
+    assert (refused.status, refused.code) == (409, "turn_cancelled")
+    assert call.closed_by_client
+    assert call.ended_s - asked_s < 1.0
+    await until(lambda: not site.services.turns._runs)
+    assert (await turn_of(site, thread, one.turn_id))["state"] == "cancelled"
+    assert fake.count == 1
+
+
+async def test_a_request_that_is_withdrawn_before_its_turn_starts_leaves_no_trace(site, fake):
+    """Queued behind another turn: its stream ends, the provider hears nothing of it."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", model="n90-gap20") as running:
+        await running.until("delta")
+        async with watch_as(site, thread, "b", content="Waits") as queued:
+            assert (queued.events or [await queued.next(), await queued.next()])[1].data["queue_position"] == 1
+            assert (await cancel_request(site, "b")).status == 200
+            await queued.rest()
+        await running.rest()
+
+    assert terminal(queued.events).data["state"] == "cancelled"
+    assert terminal(running.events).data["state"] == "completed"
+    assert fake.count == 1
+    assert len(await thread_of(site, thread)) == 2
+
+
+async def test_a_queued_turn_is_cancelled_by_its_id_and_the_next_takes_its_place(site, fake):
+    """Each is `pending` until its text is there; then `streaming`, with what was said so far."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", model="n90-gap20") as running:
+        await running.until("delta")
+        asked = asyncio.create_task(site.say(thread, "Third", model="n2"))
+        async with watch_as(site, thread, "b", content="Second") as queued:
+            pending = await turn_of(site, thread, queued.turn_id)
+            streaming = await turn_of(site, thread, running.turn_id)
+            cancelled = await cancel_turn(site, thread, queued.turn_id)
+            await queued.rest()
+        await running.rest()
+        third = await asked
+
+    assert (pending["state"], pending["text"], pending["last_event_id"], pending["viewers"]) == ("pending", "", None, 1)
+    assert (streaming["state"], streaming["requesters"], streaming["viewers"]) == ("streaming", 1, 1)
+    assert running.text.startswith(streaming["text"])
+    assert re.fullmatch(r"1-[1-9]\d*", streaming["last_event_id"])
+    assert (cancelled.status, cancelled.json()["state"]) == (200, "cancelled")
+    assert terminal(queued.events).data["state"] == "cancelled"
+    assert third.status == 200
+    assert [message["content"] for message in await thread_of(site, thread)][::2] == ["Hello", "Third"]
+    assert fake.count == 2
+
+
+@pytest.mark.parametrize("by", ["turn", "request"])
+async def test_a_cancel_that_races_the_end_gives_one_ending_that_all_agree_on(tmp_path, by):
+    """Fifty moments around the commit: one terminal event for each viewer, the same state in stream, row and thread."""
+    async with serve(tmp_path, ScriptedProvider(deltas=["a", "b", "c"], gap_s=0.02)) as site:
+        moments = [random.Random(seed).uniform(0.0, 0.12) for seed in range(50)]
+        states = []
+        for five in range(0, 50, 5):
+            states += await asyncio.gather(*(race(site, by, moment) for moment in moments[five : five + 5]))
+    assert set(states) == {"completed", "cancelled"}
+
+
+async def race(site, by, moment_s):
+    thread = await site.thread()
+    mine_id = f"of-{thread}"
+    async with watch_as(site, thread, mine_id) as mine:
+        turn = mine.turn_id
+        async with watching(site, f"/api/threads/{thread}/turns/{turn}/stream") as other:
+            await asyncio.sleep(moment_s)
+            cancelled = cancel_turn(site, thread, turn) if by == "turn" else cancel_request(site, mine_id)
+            reply, *_ = await asyncio.gather(cancelled, mine.rest(), other.rest())
+    row = await turn_of(site, thread, turn)
+    messages = await thread_of(site, thread)
+    seen, ending = terminal(mine.events), terminal(other.events)
+
+    assert (ending.name, ending.data["state"], ending.id) == ("done", row["state"], row["last_event_id"])
+    assert [message["content"] for message in messages] == ["Hello", other.text]
+    assert messages[1]["status"] == ("complete" if row["state"] == "completed" else "partial")
+    if by == "turn":
+        assert (reply.status, reply.json()["state"]) == (200, row["state"])
+    if seen.id is None:
+        assert (by, seen.data["state"]) == ("request", "cancelled")
+    else:
+        assert (seen.id, seen.data) == (ending.id, ending.data)
+    return row["state"]
+
+
+# -- leaving -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_turn_that_may_end_with_its_callers_does(site, fake):
+    """`on_disconnect: cancel`: the last caller to leave stops it; a viewer is no caller, and is told."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", on_disconnect="cancel") as one:
+        await one.until("delta")
+        call = await fake.call(1)
+        async with (
+            watching(site, f"/api/threads/{thread}/stream") as viewer,
+            watch_as(site, thread, "b", on_disconnect="cancel") as two,
+        ):
+            one.leave()
+            await two.until("delta")
+            await two.until("delta")
+            assert not call.ended.is_set()
+            left_s = time.monotonic()
+            two.leave()
+            await viewer.rest()
+        async with asyncio.timeout(5):
+            await call.ended.wait()
+
+    assert call.closed_by_client
+    assert call.ended_s - left_s < 1.0
+    assert terminal(viewer.events).data["state"] == "cancelled"
+    assert (await thread_of(site, thread))[1]["content"] == viewer.text
+
+
+async def test_a_turn_goes_on_when_all_its_callers_have_left(tmp_path, fake):
+    """The default: it is stored, and asking again replays it."""
+    async with serve_openai(tmp_path, fake, "n10-gap20") as site:
+        thread = await site.thread()
+        async with watch_as(site, thread, "a") as watch:
+            await watch.until("delta")
+        await until(lambda: site.services.turns.flights.stats().waiters == 0)
+        await until(lambda: not site.services.turns._runs)
+        again = await site.stream(thread)
+
+        assert again.headers["x-coalesce"] == "replayed"
+        assert not (await fake.call(1)).closed_by_client
+        assert fake.count == 1
+
+
+# -- another message while a turn runs ---------------------------------------------------------------------------
+
+
+async def test_five_messages_wait_in_the_order_they_came(tmp_path, fake):
+    """And each prompt holds the turns before it."""
+    async with serve_openai(tmp_path, fake, "n2") as site:
+        thread = await site.thread()
+        asked = []
+        for number in range(6):
+            model = "n2" if number else "lat1500-n2"
+            asked.append(asyncio.create_task(site.stream(thread, f"m{number}", model=model)))
+            await until(lambda count=number: len(site.services.turns._runs) > count)
+        replies = [await one for one in asked]
+        messages = await thread_of(site, thread)
+
+    assert {reply.status for reply in replies} == {200}
+    assert [message["content"] for message in messages if message["role"] == "user"] == [f"m{n}" for n in range(6)]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 6
+    assert [len(call.request["messages"]) for call in fake.calls] == [1, 3, 5, 7, 9, 11]
+
+
+async def test_a_message_may_be_refused_while_a_turn_runs(site, fake):
+    """`reject`: 409 before any byte of a stream; the turn is not disturbed. The same message joins all the same."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", model="n20-gap20") as running:
+        await running.until("delta")
+        refused = await site.stream(thread, "Other", on_busy="reject")
+        async with watch_as(site, thread, "b", model="n20-gap20", on_busy="reject") as joined:
+            await asyncio.gather(running.rest(), joined.rest())
+
+    assert (refused.status, refused.code) == (409, "thread_busy")
+    assert joined.turn_id == running.turn_id
+    assert terminal(running.events).data["state"] == "completed"
+    assert fake.count == 1
+
+
+@pytest.mark.parametrize("on_busy", ["interrupt", "rollback"])
+async def test_a_message_may_stop_the_turn_that_runs(site, fake, on_busy):
+    """`interrupt` keeps what was said, marked as partial; `rollback` removes it. Neither is in the next prompt."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as running:
+        await running.until("delta")
+        call = await fake.call(1)
+        async with watch_as(site, thread, "b", content="Other", model="n2", on_busy=on_busy) as other:
+            await asyncio.gather(running.rest(), other.rest())
+    messages = await thread_of(site, thread)
+
+    assert call.closed_by_client
+    assert terminal(running.events).data["state"] == "cancelled"
+    assert terminal(other.events).data["state"] == "completed"
+    kept = [("Hello", "complete"), (running.text, "partial")] if on_busy == "interrupt" else []
+    assert [(message["content"], message["status"]) for message in messages] == [
+        *kept,
+        ("Other", "complete"),
+        (other.text, "complete"),
+    ]
+    assert [message["sequence"] for message in messages] == list(range(len(messages)))
+    assert (await fake.call(2)).request["messages"] == [{"role": "user", "content": "Other"}]
+    ended = await turn_of(site, thread, running.turn_id)
+    assert ended["state"] == "cancelled"
+    assert names(running.events)[-1] == "done"
+    assert text_of(running.events)
+    assert (await site.ask("GET", f"/api/threads/{thread}/stream", headers=[ORG])).status == 204

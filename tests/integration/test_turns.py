@@ -1,0 +1,708 @@
+"""Turns on a real ledger: cases C01 to C33 of the study of coalescers, as far as one process shows them."""
+
+import asyncio
+import json
+import random
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from oncewise.errors import (
+    HeadMoved,
+    IdempotencyMismatch,
+    NotFound,
+    OncewiseError,
+    ProviderError,
+    ProviderProtocolError,
+    ProviderRateLimited,
+    QueueFull,
+    StorageUnavailable,
+    ThreadBusy,
+    TurnCancelled,
+    WaitTimeout,
+)
+from oncewise.model import MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from tests.support.scripted import Desk, ScriptedProvider, open_desk
+
+
+@pytest.fixture
+async def desk(tmp_path):
+    async with open_desk(tmp_path / "ow.db") as desk:
+        yield desk
+
+
+@pytest.fixture
+async def held(tmp_path):
+    """A desk whose provider answers when the test says so."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        yield desk
+
+
+def roles(told: list[Any]) -> list[str]:
+    return sorted(role for _, role in told)
+
+
+async def test_ten_identical_messages_at_once_are_one_call_and_one_pair(desk):
+    """C01."""
+    thread = await desk.thread()
+
+    told = await asyncio.gather(*(desk.told(thread) for _ in range(10)))
+
+    assert len(desk.provider.calls) == 1
+    assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "pong")]
+    assert len({result.stored.id for result, _ in told}) == 1
+    assert roles(told) == ["follower"] * 9 + ["leader"]
+    await desk.settled()
+
+
+async def burst(desk: Desk, requests: int, connections: int) -> list[Any]:
+    """`requests` identical messages, each connection sending its next when it has its answer."""
+    thread = await desk.thread()
+    left = iter(range(requests))
+
+    async def connection() -> list[Any]:
+        return [await desk.told(thread) for _ in left]
+
+    told = [one for some in await asyncio.gather(*(connection() for _ in range(connections))) for one in some]
+    assert len(await desk.messages(thread)) == 2
+    return told
+
+
+@pytest.mark.parametrize("connections", [10, 50])
+async def test_the_headline_fifty_of_fifty_one_call_two_messages(tmp_path, connections):
+    """C02: fifty requests at one call a second, over ten connections and over fifty."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(delay_s=0.3), rps=1.0) as desk:
+        told = await burst(desk, 50, connections)
+
+        assert len(desk.provider.calls) == 1
+        assert roles(told).count("leader") == 1
+        assert roles(told).count("follower") == connections - 1
+        assert roles(told).count("replayed") == 50 - connections
+        assert len({json.dumps([r.stored.id, r.stored.assistant_message.content]) for r, _ in told}) == 1
+        await desk.settled()
+
+
+async def test_the_replay_window_runs_from_the_commit(tmp_path):
+    """C03: an answer that took longer than the window is replayed all the same."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(delay_s=0.5), replay_window_s=0.3) as desk:
+        told = await burst(desk, 20, 5)
+
+        assert len(desk.provider.calls) == 1
+        assert roles(told).count("replayed") == 15
+
+
+class SlowLedger:
+    """The real ledger with random pauses before and after each call."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.random = random.Random()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._ledger, name)
+
+        async def slowly(*args: Any, **kwargs: Any) -> Any:
+            for _ in range(self.random.randrange(4)):
+                await asyncio.sleep(0)
+            result = await method(*args, **kwargs)
+            for _ in range(self.random.randrange(4)):
+                await asyncio.sleep(0)
+            return result
+
+        return slowly
+
+
+@pytest.mark.slow
+async def test_no_interleaving_with_the_ledger_makes_a_second_call(tmp_path):
+    """C04: 500 seeds of the headline."""
+    provider = ScriptedProvider(deltas=("x",))
+    async with open_desk(tmp_path / "ow.db", provider, ledger=SlowLedger) as desk:
+        for seed in range(500):
+            desk.ledger.random.seed(seed)
+            told = await burst(desk, 50, 10)
+
+            assert len(provider.calls) == seed + 1, f"seed {seed}"
+            assert roles(told).count("leader") == 1, f"seed {seed}"
+            await desk.settled()
+
+
+async def test_a_failure_is_shared_and_not_kept(desk):
+    """C05, C06: equal errors, an object for each, nothing stored; the next request makes a new call."""
+    thread = await desk.thread()
+    desk.provider.failures = [(0, ProviderError("no", retryable=False))]
+
+    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(4)))
+
+    assert len(desk.provider.calls) == 1
+    assert len({id(error) for error in errors}) == 4
+    assert {(error.code, error.retryable) for error in errors} == {("provider_error", False)}
+    assert await desk.messages(thread) == []
+    await asyncio.sleep(2.05)
+    assert (await desk.post(thread)).stored.state is TurnState.COMPLETED
+    assert len(desk.provider.calls) == 2
+    await desk.settled()
+
+
+async def test_a_passing_failure_is_retried_inside_the_flight(desk):
+    """Nobody hears of a 500 that a retry mended."""
+    thread = await desk.thread()
+    desk.provider.failures = [(0, ProviderError("passing"))]
+
+    told = await asyncio.gather(*(desk.told(thread) for _ in range(4)))
+
+    assert len(desk.provider.calls) == 2
+    assert {result.stored.id for result, _ in told} == {told[0][0].stored.id}
+    assert max(result.upstream_calls for result, _ in told) == 2
+
+
+async def test_a_rate_limit_holds_everybody_back(desk):
+    """After a 429 nobody calls before the provider's Retry-After, and whoever waited is served then."""
+    threads = [await desk.thread() for _ in range(3)]
+    desk.provider.failures = [(0, ProviderRateLimited(retry_after_s=0.3))]
+    started_s = asyncio.get_running_loop().time()
+
+    first = asyncio.create_task(desk.post(threads[0], "one"))
+    await desk.provider.started.wait()
+    await asyncio.sleep(0.01)
+    others = [asyncio.create_task(desk.post(thread, thread.id)) for thread in threads[1:]]
+    await asyncio.sleep(0.2)
+    assert len(desk.provider.calls) == 1
+    await asyncio.gather(first, *others)
+
+    assert asyncio.get_running_loop().time() - started_s >= 0.3
+    assert len(desk.provider.calls) == 4
+    await desk.settled()
+
+
+async def test_the_first_delta_ends_all_retries(desk):
+    """C32: what was shown stands; the partial is stored and left out of the next prompt."""
+    thread = await desk.thread()
+    desk.provider.deltas = [str(digit) for digit in range(10)]
+    desk.provider.failures = [(4, ProviderProtocolError())]
+
+    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(3)))
+
+    assert {error.code for error in errors} == {"provider_protocol"}
+    assert len(desk.provider.calls) == 1
+    stored = await desk.threads.get(thread.org_id, thread.id)
+    assert [(m.content, m.status) for m in stored.messages] == [
+        ("Hello", MessageStatus.COMPLETE),
+        ("0123", MessageStatus.PARTIAL),
+    ]
+    await desk.post(thread, "Again")
+    assert [message.content for message in desk.provider.calls[-1].messages] == ["Again"]
+
+
+async def leave_early(desk: Desk, thread: Any, tasks: int, who: int) -> list[Any]:
+    """`tasks` callers of one turn of whom number `who` leaves while the provider works."""
+    callers = [asyncio.create_task(desk.post(thread)) for _ in range(tasks)]
+    await desk.provider.started.wait()
+    callers[who].cancel()
+    await asyncio.sleep(0.01)
+    desk.provider.go.set()
+    return await asyncio.gather(*callers, return_exceptions=True)
+
+
+@pytest.mark.parametrize("who", [0, 2])
+async def test_a_caller_who_leaves_costs_nobody_else(held, who):
+    """C07, C08: the first and the third of four."""
+    thread = await held.thread()
+
+    results = await leave_early(held, thread, 4, who)
+
+    assert isinstance(results.pop(who), asyncio.CancelledError)
+    assert {result.stored.assistant_message.content for result in results} == {"pong"}
+    assert len(held.provider.calls) == 1
+    await held.settled()
+
+
+async def test_a_caller_may_be_less_patient_than_the_work(held):
+    """C09."""
+    thread = await held.thread()
+    patient = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+
+    with held.turns.send(held.ask(thread), "hasty") as ticket, pytest.raises(WaitTimeout):
+        await ticket._waiter.result(timeout_s=0.02)
+
+    held.provider.go.set()
+    assert (await patient).stored.assistant_message.content == "pong"
+
+
+async def test_a_turn_left_in_the_queue_makes_no_call(tmp_path):
+    """C10: the permit of the pacer is not lost either."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(), rps=2.0) as desk:
+        first, second, third = [await desk.thread() for _ in range(3)]
+        await desk.post(first, "one")
+        waiting = [asyncio.create_task(desk.post(second, "two")) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        for task in waiting:
+            task.cancel()
+        result = await desk.post(third, "three")
+
+        assert result.stored.assistant_message.content == "pong"
+        assert [call.messages[-1].content for call in desk.provider.calls] == ["one", "three"]
+        assert await desk.messages(second) == []
+        await desk.settled()
+
+
+async def test_a_running_call_outlives_its_callers(held):
+    """C11: everybody leaves, the turn is stored."""
+    thread = await held.thread()
+    callers = [asyncio.create_task(held.post(thread)) for _ in range(3)]
+    await held.provider.started.wait()
+    for caller in callers:
+        caller.cancel()
+    await asyncio.sleep(0.01)
+    held.provider.go.set()
+    await held.settled()
+
+    assert await held.messages(thread) == [("user", "Hello"), ("assistant", "pong")]
+
+
+async def test_a_newcomer_never_gets_the_end_of_an_abandoned_turn(held):
+    """C12: with on_disconnect=cancel, whoever comes a moment later gets a turn of his own."""
+    thread = await held.thread()
+    leaver = asyncio.create_task(held.post(thread, on_disconnect=OnDisconnect.CANCEL))
+    await held.provider.started.wait()
+    leaver.cancel()
+    await asyncio.sleep(0.001)
+    newcomer = asyncio.create_task(held.post(thread))
+    await asyncio.sleep(0.05)
+    held.provider.go.set()
+
+    assert (await newcomer).stored.assistant_message.content == "pong"
+    assert held.provider.closed_early == 1
+    assert len(held.provider.calls) == 2
+    await held.settled()
+
+
+async def test_a_provider_that_cancels_itself_cancels_no_caller(desk):
+    """C13."""
+    thread = await desk.thread()
+    desk.provider.failures = [(0, asyncio.CancelledError())]
+
+    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(3)))
+
+    assert {error.code for error in errors} == {"upstream_cancelled"}
+    await desk.settled()
+
+
+async def test_callers_cannot_change_what_others_get(desk):
+    """C17: the shared result is immutable."""
+    thread = await desk.thread()
+    (first, _), (second, _) = await asyncio.gather(desk.told(thread), desk.told(thread))
+
+    with pytest.raises(AttributeError):
+        first.stored.assistant_message.content = "forged"
+    with pytest.raises(TypeError):
+        first.stored.assistant_message.meta["forged"] = True
+    assert second.stored.assistant_message.content == "pong"
+
+
+async def test_two_tenants_share_nothing(held):
+    """C20: same text, two calls."""
+    threads = [await held.thread(org) for org in ("org_a", "org_b")]
+    callers = [asyncio.create_task(held.post(thread)) for thread in threads]
+    while len(held.provider.calls) < 2:
+        await asyncio.sleep(0.001)
+    held.provider.go.set()
+    results = await asyncio.gather(*callers)
+
+    assert results[0].stored.id != results[1].stored.id
+    assert [await held.messages(thread) for thread in threads] == [[("user", "Hello"), ("assistant", "pong")]] * 2
+
+
+async def test_a_foreign_tenant_cannot_join_a_running_turn(held):
+    """C21: the thread of another tenant is an unknown thread, also while a turn of it runs."""
+    thread = await held.thread("org_a")
+    leader = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+
+    intruder = held.threads.prepare("org_b", thread.id, content="Hello")
+    with held.turns.send(intruder, "x") as ticket, pytest.raises(NotFound):
+        await ticket.result()
+
+    held.provider.go.set()
+    await leader
+
+
+@pytest.mark.parametrize("fields", [{"model": "other"}, {"params": Params(temperature=0.5)}])
+async def test_what_changes_the_answer_makes_a_turn_of_its_own(desk, fields):
+    """C22: one after the other."""
+    thread = await desk.thread()
+
+    results = await asyncio.gather(desk.post(thread), desk.post(thread, **fields))
+
+    assert len({result.stored.id for result in results}) == 2
+    assert desk.provider.max_running == 1
+    assert len(await desk.messages(thread)) == 4
+
+
+async def test_different_messages_take_turns(desk):
+    """C23: roles alternate, and each prompt holds the turns before it."""
+    thread = await desk.thread()
+    desk.provider.gap_s = 0.005
+
+    await asyncio.gather(*(desk.post(thread, f"m{number}") for number in range(5)))
+
+    stored = await desk.messages(thread)
+    assert [role for role, _ in stored] == ["user", "assistant"] * 5
+    assert desk.provider.max_running == 1
+    for number, call in enumerate(desk.provider.calls):
+        assert [message.content for message in call.messages] == [text for _, text in stored[: 2 * number + 1]]
+    await desk.settled()
+
+
+async def test_a_key_names_a_turn_for_good(desk):
+    """C24, C25: repeat and mismatch."""
+    thread = await desk.thread()
+    first = await desk.post(thread, idempotency_key="K")
+
+    again, role = await desk.told(thread, idempotency_key="K")
+
+    assert (again.stored.id, role) == (first.stored.id, "replayed")
+    with pytest.raises(IdempotencyMismatch):
+        await desk.post(thread, "Something else", idempotency_key="K")
+    assert len(desk.provider.calls) == 1
+
+
+async def test_two_keys_are_two_turns(desk):
+    """C26: at once, and in sequence."""
+    thread = await desk.thread()
+
+    both = await asyncio.gather(desk.post(thread, idempotency_key="K1"), desk.post(thread, idempotency_key="K2"))
+    again = await asyncio.gather(desk.post(thread, idempotency_key="K1"), desk.post(thread, idempotency_key="K2"))
+
+    assert len({result.stored.id for result in both}) == 2
+    assert {result.stored.id for result in again} == {result.stored.id for result in both}
+    assert len(await desk.messages(thread)) == 4
+
+
+async def test_without_a_key_a_repeat_is_replayed_for_a_while(tmp_path):
+    """C27."""
+    async with open_desk(tmp_path / "ow.db", replay_window_s=0.25) as desk:
+        thread = await desk.thread()
+        first = await desk.post(thread, "continue")
+        replay, role = await desk.told(thread, "continue")
+        await asyncio.sleep(0.3)
+        later, later_role = await desk.told(thread, "continue")
+
+        assert (replay.stored.id, role) == (first.stored.id, "replayed")
+        assert later_role == "leader"
+        assert later.stored.id != first.stored.id
+
+
+async def test_whoever_asks_for_a_new_turn_gets_one(desk):
+    """C28: within the window, and beside a running twin."""
+    thread = await desk.thread()
+    first = await desk.post(thread)
+
+    second, role = await desk.told(thread, force_new=True)
+
+    assert role == "bypass"
+    assert second.stored.id != first.stored.id
+
+
+async def test_a_keyless_request_joins_a_twin_that_runs_under_a_key(held):
+    """Rule 3: the same fingerprint running in this thread."""
+    thread = await held.thread()
+    keyed = asyncio.create_task(held.told(thread, idempotency_key="K"))
+    await held.provider.started.wait()
+    keyless = [asyncio.create_task(held.told(thread)) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    held.provider.go.set()
+
+    (first, role), *others = await asyncio.gather(keyed, *keyless)
+
+    assert role == "leader"
+    assert {(result.stored.id, role) for result, role in others} == {(first.stored.id, "follower")}
+    assert len(held.provider.calls) == 1
+    await held.settled()
+
+
+async def test_a_parent_that_is_not_the_last_message_is_refused(desk):
+    """Rule 2."""
+    thread = await desk.thread()
+    first = await desk.post(thread, "one")
+    parent = first.stored.assistant_message.id
+
+    second = await desk.post(thread, "two", parent_message_id=parent)
+    repeat = await desk.post(thread, "two", parent_message_id=parent)
+
+    assert repeat.stored.id == second.stored.id
+    with pytest.raises(HeadMoved):
+        await desk.post(thread, "three", parent_message_id=parent)
+
+
+async def test_the_queue_of_a_thread_is_bounded_and_may_be_refused(held):
+    """32 wait behind the running turn; `reject` waits behind none."""
+    thread = await held.thread()
+    callers = [asyncio.create_task(held.outcome(thread, f"m{number}")) for number in range(33)]
+    await held.provider.started.wait()
+    await asyncio.sleep(0.3)
+
+    with pytest.raises(QueueFull):
+        await held.post(thread, "one too many")
+    with pytest.raises(ThreadBusy):
+        await held.post(thread, "impatient", on_busy=OnBusy.REJECT)
+    for caller in callers[1:]:
+        caller.cancel()
+    held.provider.go.set()
+    assert (await callers[0]).stored.state is TurnState.COMPLETED
+    await held.settled()
+    assert len(held.provider.calls) == 1
+
+
+async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(desk):
+    """The call is shared inside the tenant; every thread stores its own pair, and the audit says so."""
+    desk.provider.delay_s = 0.1
+    threads = [await desk.thread() for _ in range(20)]
+
+    results = await asyncio.gather(*(desk.post(thread) for thread in threads))
+
+    assert len(desk.provider.calls) == 1
+    assert len({result.stored.assistant_message.id for result in results}) == 20
+    assert sum(result.upstream_calls for result in results) == 1
+    audits = [(await desk.threads.audit("org_a", thread.id))[0] for thread in threads]
+    assert sorted(entry.shared for entry in audits) == [False] + [True] * 19
+    assert len({entry.call_id for entry in audits}) == 1
+    await desk.settled()
+
+
+async def test_a_late_viewer_gets_the_whole_text(tmp_path):
+    """C29, C33: JSON and streaming requests share one call, and a late one misses nothing."""
+    provider = ScriptedProvider(deltas=[f"{number} " for number in range(100)], gap_s=0.002)
+    async with open_desk(tmp_path / "ow.db", provider) as desk:
+        thread = await desk.thread()
+        json_caller = asyncio.create_task(desk.post(thread))
+        await provider.started.wait()
+        await asyncio.sleep(0.06)
+
+        with desk.turns.send(desk.ask(thread), "stream") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            seen = b"".join([chunk async for chunk in log.view()])
+
+        result = await json_caller
+        assert seen.decode() == provider.text == result.stored.assistant_message.content
+        assert len(provider.calls) == 1
+        turn = await desk.ledger.turn(thread.org_id, thread.id, result.stored.id)
+        assert turn.visible
+
+
+async def test_a_turn_that_nobody_streams_is_never_marked_visible(desk):
+    """So that another process may call again when this one is lost: nobody has seen any text."""
+    thread = await desk.thread()
+    result = await desk.post(thread)
+    turn = await desk.ledger.turn(thread.org_id, thread.id, result.stored.id)
+    assert not turn.visible
+
+
+async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held):
+    """Cancel by request id is one caller's interest."""
+    thread = await held.thread()
+
+    async def caller(name: str) -> Any:
+        with held.turns.send(held.ask(thread), name) as ticket:
+            return await ticket.result()
+
+    callers = [asyncio.create_task(caller(f"c{number}")) for number in range(3)]
+    await held.provider.started.wait()
+    held.turns.cancel_request("org_a", "c0")
+    with pytest.raises(TurnCancelled):
+        await callers[0]
+    assert held.provider.running == 1
+    held.turns.cancel_request("org_a", "c1")
+    held.turns.cancel_request("org_a", "c2")
+    async with asyncio.timeout(1):
+        while held.provider.running:
+            await asyncio.sleep(0.005)
+    for task in callers[1:]:
+        with pytest.raises(TurnCancelled):
+            await task
+    with pytest.raises(NotFound):
+        held.turns.cancel_request("org_a", "c0")
+    with pytest.raises(NotFound):
+        held.turns.cancel_request("org_b", "c1")
+    await held.settled()
+    assert await held.messages(thread) == []
+
+
+async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
+    """Idempotent, final, and never touches the next turn."""
+    thread = await held.thread()
+    caller = asyncio.create_task(held.outcome(thread))
+    await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
+
+    first = await held.threads.cancel_turn(thread.org_id, thread.id, turn.id)
+    held.provider.go.set()
+    after = await held.post(thread)
+    second = await held.threads.cancel_turn(thread.org_id, thread.id, turn.id)
+
+    assert (await caller).code == "turn_cancelled"
+    assert (first.state, second.state) == (TurnState.CANCELLED, TurnState.CANCELLED)
+    assert after.stored.state is TurnState.COMPLETED
+
+
+@pytest.mark.parametrize("on_busy", [OnBusy.INTERRUPT, OnBusy.ROLLBACK])
+async def test_an_impatient_message_stops_the_running_turn(tmp_path, on_busy):
+    """`interrupt` keeps what was said so far, `rollback` does not; either way the new message runs next."""
+    provider = ScriptedProvider(deltas=[f"{number} " for number in range(1000)], gap_s=0.01)
+    async with open_desk(tmp_path / "ow.db", provider) as desk:
+        thread = await desk.thread()
+        first = asyncio.create_task(desk.outcome(thread, "long story"))
+        await provider.started.wait()
+        await asyncio.sleep(0.05)
+        provider.deltas = ["short"]
+
+        result = await desk.post(thread, "stop that", on_busy=on_busy)
+
+        assert (await first).code == "turn_cancelled"
+        assert result.stored.assistant_message.content == "short"
+        texts = [text for _, text in await desk.messages(thread)]
+        assert texts[-2:] == ["stop that", "short"]
+        assert len(texts) == (4 if on_busy is OnBusy.INTERRUPT else 2)
+        assert [message.content for message in provider.calls[-1].messages] == ["stop that"]
+        await desk.settled()
+
+
+async def test_an_impatient_identical_message_joins(held):
+    """The policy is for different messages."""
+    thread = await held.thread()
+    first = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+    second = asyncio.create_task(held.post(thread, on_busy=OnBusy.INTERRUPT))
+    await asyncio.sleep(0.02)
+    held.provider.go.set()
+
+    assert (await first).stored.id == (await second).stored.id
+
+
+async def test_deleting_a_thread_stops_its_turns_first(held):
+    """Running and queued ones."""
+    thread = await held.thread()
+    callers = [asyncio.create_task(held.outcome(thread, text)) for text in ("one", "two")]
+    await held.provider.started.wait()
+    await asyncio.sleep(0.02)
+
+    await held.threads.delete(thread.org_id, thread.id)
+
+    assert [(await caller).code for caller in callers] == ["turn_cancelled"] * 2
+    with pytest.raises(NotFound):
+        await held.threads.get(thread.org_id, thread.id)
+    await held.settled()
+
+
+class FailingLedger:
+    """The real ledger, of which one method fails some times."""
+
+    def __init__(self, ledger: Any, method: str, times: int) -> None:
+        self._ledger = ledger
+        self._method = method
+        self._left = times
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._method and self._left > 0:
+            self._left -= 1
+
+            async def fail(*_args: Any, **_kwargs: Any) -> Any:
+                raise StorageUnavailable
+
+            return fail
+        return getattr(self._ledger, name)
+
+
+@pytest.mark.parametrize("method", ["admit", "history", "record_call"])
+async def test_a_database_that_fails_early_costs_no_call(tmp_path, method):
+    """503 before any provider call; the next request is served."""
+    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, method, 1)) as desk:
+        thread = await desk.thread()
+
+        error = await desk.outcome(thread)
+
+        assert isinstance(error, OncewiseError)
+        assert error.code == "storage_unavailable"
+        assert desk.provider.calls == []
+        assert (await desk.post(thread)).stored.state is TurnState.COMPLETED
+        await desk.settled()
+
+
+async def test_a_commit_is_tried_again(tmp_path):
+    """The answer is paid for: it is not thrown away because the database was away for a moment."""
+    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "commit", 2)) as desk:
+        thread = await desk.thread()
+
+        result = await desk.post(thread)
+
+        assert result.stored.assistant_message.content == "pong"
+        assert len(desk.provider.calls) == 1
+        assert len(await desk.messages(thread)) == 2
+
+
+async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
+    """`not_persisted` after the patience for commits."""
+    async with open_desk(
+        tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "commit", 99), commit_patience_s=0.2
+    ) as desk:
+        thread = await desk.thread()
+
+        error = await desk.outcome(thread)
+
+        assert isinstance(error, OncewiseError)
+        assert error.code == "not_persisted"
+
+
+async def test_a_fenced_leader_serves_what_another_stored(tmp_path):
+    """Its own text is discarded: told is stored."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.post(thread))
+        await desk.provider.started.wait()
+        turn = await desk.ledger.active(thread.org_id, thread.id)
+        run = desk.turns.run_of(thread.org_id, turn.id)
+        await desk.ledger.release(run._claim)
+        taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
+        other = desk.provider.text.upper()
+        desk.provider.go.set()
+        await asyncio.sleep(0.05)
+        from oncewise.model import Answer, FinishReason, Usage
+
+        await desk.ledger.commit(taken, Answer(other, FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1))
+
+        assert (await caller).stored.assistant_message.content == "PONG"
+        assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "PONG")]
+
+
+async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
+    """Leader lost, nothing shown: whoever comes next calls again under the next epoch."""
+    async with open_desk(tmp_path / "ow.db", lease_s=0.2) as desk:
+        thread = await desk.thread()
+        await desk.ledger.admit(desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32)
+
+        result, role = await desk.told(thread)
+
+        assert result.stored.assistant_message.content == "pong"
+        assert result.stored.epoch == 2
+        assert role in ("leader", "follower")
+        assert len(await desk.messages(thread)) == 2
+
+
+async def test_shutting_down_hands_a_turn_back(tmp_path):
+    """Whoever waits is told to retry; the turn can be taken over at once."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.provider.started.wait()
+
+        await desk.turns.aclose(0.05)
+
+        error = await caller
+        assert isinstance(error, OncewiseError)
+        assert error.code == "shutting_down"
+        turn = await desk.ledger.active(thread.org_id, thread.id)
+        assert turn.lease_lapsed
+        with suppress(OncewiseError):
+            await desk.post(thread)

@@ -1,0 +1,133 @@
+"""A desk of real parts around a provider that does what the test says."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from uuid_utils import uuid7
+
+from oncewise.core.coalesce import Coalescer
+from oncewise.core.pacing import LocalLimiter, Pacer
+from oncewise.core.retry import RetryBudget
+from oncewise.core.stream_hub import StreamHub
+from oncewise.errors import OncewiseError
+from oncewise.model import Thread, TurnAsk
+from oncewise.service.calls import Calls, ProviderLane, remember_s
+from oncewise.service.model_names import ModelNames
+from oncewise.service.threads import Threads
+from oncewise.service.turn_outcomes import TurnResult
+from oncewise.service.turns import TurnRules, Turns
+from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
+from oncewise.storage.threads import SqlThreadStore
+from oncewise.testing import ScriptedProvider
+
+__all__ = ["Desk", "ScriptedProvider", "open_desk"]
+
+
+@dataclass
+class Desk:
+    """Turns, threads and ledger on a real SQLite file, in front of one provider."""
+
+    provider: ScriptedProvider
+    database: SqliteDatabase
+    ledger: Any
+    calls: Calls
+    turns: Turns
+    threads: Threads
+    hub: StreamHub
+    numbers: Any = field(default_factory=count)
+
+    async def thread(self, org_id: str = "org_a") -> Thread:
+        return await self.threads.create(org_id)
+
+    def ask(self, thread: Thread, content: str = "Hello", **fields: Any) -> TurnAsk:
+        return self.threads.prepare(thread.org_id, thread.id, content=content, **fields)
+
+    async def post(self, thread: Thread, content: str = "Hello", **fields: Any) -> TurnResult:
+        """One JSON request, as the API makes it."""
+        return (await self.told(thread, content, **fields))[0]
+
+    async def told(self, thread: Thread, content: str = "Hello", **fields: Any) -> tuple[TurnResult, str]:
+        """One JSON request, and the role it was told."""
+        with self.turns.send(self.ask(thread, content, **fields), f"r{next(self.numbers)}") as ticket:
+            result = await ticket.result()
+            return result, ticket.role().value
+
+    async def outcome(self, thread: Thread, content: str = "Hello", **fields: Any) -> TurnResult | OncewiseError:
+        try:
+            return await self.post(thread, content, **fields)
+        except OncewiseError as error:
+            return error
+
+    async def messages(self, thread: Thread) -> list[tuple[str, str]]:
+        stored = await self.threads.get(thread.org_id, thread.id)
+        assert [message.sequence for message in stored.messages] == list(range(len(stored.messages)))
+        return [(message.role, message.content) for message in stored.messages]
+
+    async def settled(self) -> None:
+        """Wait until nothing runs, and see that nothing is left behind."""
+        async with asyncio.timeout(5):
+            while self.turns.flights.stats().tasks or self.calls.flights.stats().tasks:
+                await asyncio.sleep(0.005)
+        for stats in (self.turns.flights.stats(), self.calls.flights.stats()):
+            assert (stats.flights, stats.waiters, stats.tasks) == (0, 0, 0)
+        pacer = self.calls.lanes["scripted"].pacer.stats()
+        assert (pacer.waiting, pacer.running) == (0, 0)
+
+
+@asynccontextmanager
+async def open_desk(
+    path: Path,
+    provider: ScriptedProvider | None = None,
+    *,
+    rps: float = 10_000.0,
+    concurrency: int = 50,
+    ledger: Any = None,
+    owner: str = "tester",
+    **rules: Any,
+) -> AsyncIterator[Desk]:
+    """A desk on the database file at `path`; `ledger` wraps the real one, to delay or fail it."""
+
+    def ids() -> str:
+        return str(uuid7())
+
+    provider = provider or ScriptedProvider()
+    database = await open_sqlite(str(path), owner=owner)
+    real = SqlTurnLedger(database, ids=ids)
+    wrapped = ledger(real) if ledger is not None else real
+    pacer = Pacer(LocalLimiter(rps, 1, asyncio.get_running_loop().time), concurrency=concurrency)
+    lane = ProviderLane(provider, pacer, "scripted-1", RetryBudget())
+    names = ModelNames({"scripted": lane.default_model}, default_provider="scripted")
+    calls = Calls(
+        {"scripted": lane},
+        ledger=wrapped,
+        flights=Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s),
+        logs=StreamHub(retention_s=0.0),
+        ids=ids,
+        chance=lambda: 0.0,
+    )
+    hub = StreamHub(retention_s=5.0)
+    turns = Turns(
+        ledger=wrapped,
+        calls=calls,
+        flights=Coalescer(deadline_s=None),
+        hub=hub,
+        owner=owner,
+        rules=TurnRules(**rules),
+        ids=ids,
+    )
+    threads = Threads(SqlThreadStore(database, ids=ids), turns, names=names)
+    desk = Desk(provider, database, wrapped, calls, turns, threads, hub)
+    try:
+        yield desk
+    finally:
+        await turns.aclose(0.0)
+        await calls.flights.aclose()
+        await pacer.aclose()
+        hub.close()
+        await database.aclose()

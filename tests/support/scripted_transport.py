@@ -1,0 +1,46 @@
+"""A `Transport` that answers from memory, for bytes that no server on loopback could be asked to cut so finely."""
+
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager
+
+from oncewise.providers.transport import Reply
+
+__all__ = ["ScriptedTransport", "split"]
+
+
+class ScriptedTransport:
+    """Answers every request with the same pieces.
+
+    Attributes:
+        posted: The `(path, body)` of all requests.
+        read: Pieces taken from the bodies so far.
+    """
+
+    def __init__(self, pieces: Iterable[bytes], *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        self.pieces = list(pieces)
+        self.status = status
+        self.headers = {"content-type": "text/event-stream", **(headers or {})}
+        self.posted: list[tuple[str, bytes]] = []
+        self.read = 0
+        self.closed = False
+
+    @asynccontextmanager
+    async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
+        self.posted.append((path, body))
+        async with aclosing(self._body()) as pieces:
+            yield Reply(self.status, self.headers, pieces)
+
+    async def _body(self) -> AsyncGenerator[bytes, None]:
+        for piece in self.pieces:
+            self.read += 1
+            yield piece
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def split(body: bytes, *positions: int) -> list[bytes]:
+    """The body cut at these positions; no empty pieces."""
+    edges = [0, *sorted(positions), len(body)]
+    return [body[start:end] for start, end in itertools.pairwise(edges) if start < end]

@@ -1,0 +1,421 @@
+"""The arithmetic of starts and the queue in front of it."""
+
+import asyncio
+from collections import Counter
+from contextlib import AsyncExitStack
+from contextvars import ContextVar
+from typing import Any
+
+import pytest
+
+from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats
+from oncewise.errors import InternalError, QueueFull, QueueTimeout, ShuttingDown, StorageUnavailable
+from tests.support.virtual_time import turns, virtual_loop, virtual_time
+
+IDLE = PacerStats(waiting=0, running=0, tenants=0)
+SPACING_S = 1.03
+"""Between starts at 1 call/s: the guard is 3 %, at most 30 ms."""
+
+
+def pacer(rate: float = 1.0, burst: int = 1, **limits: Any) -> Pacer:
+    limits.setdefault("concurrency", 100)
+    return Pacer(LocalLimiter(rate, burst, asyncio.get_running_loop().time), **limits)
+
+
+class Calls:
+    """Makes calls through a pacer and writes down when and for whom they started."""
+
+    def __init__(self, line: Pacer, lasts_s: float = 0.0) -> None:
+        self.line = line
+        self.lasts_s = lasts_s
+        self.started: list[tuple[float, str]] = []
+        self.running = 0
+        self.most_running = 0
+
+    async def make(self, tenant: str = "acme") -> float:
+        async with self.line.permit(tenant) as permit:
+            self.started.append((asyncio.get_running_loop().time(), tenant))
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            try:
+                await asyncio.sleep(self.lasts_s)
+            finally:
+                self.running -= 1
+        return permit.queue_wait_s
+
+    def begin(self, *tenants: str) -> list[asyncio.Task[float]]:
+        return [asyncio.create_task(self.make(tenant)) for tenant in tenants]
+
+    @property
+    def times(self) -> list[float]:
+        return [at_s for at_s, _ in self.started]
+
+    @property
+    def order(self) -> str:
+        return "".join(tenant for _, tenant in self.started)
+
+
+# -- the arithmetic ----------------------------------------------------------------------------------------------
+
+
+def test_starts_are_spaced_by_the_rate_and_a_guard() -> None:
+    """1 call/s means every 1.03 s: a provider judges arrivals, and the one before may have come late."""
+    gcra = Gcra(1.0)
+    assert [gcra.reserve(100.0) for _ in range(4)] == pytest.approx([100.0, 101.03, 102.06, 103.09])
+
+
+@pytest.mark.parametrize(("rate", "spacing_s"), [(0.5, 2.03), (1.0, 1.03), (10.0, 0.103), (50.0, 0.0206)])
+def test_the_guard_is_a_share_and_has_a_limit(rate: float, spacing_s: float) -> None:
+    """3 % of the spacing, never more than 30 ms."""
+    gcra = Gcra(rate)
+    gcra.reserve(0.0)
+    assert gcra.reserve(0.0) == pytest.approx(spacing_s)
+
+
+def test_a_burst_may_come_together_after_a_pause() -> None:
+    """Three at once, then the rate; a pause earns the burst again, but never more than that."""
+    gcra = Gcra(10.0, burst=3)
+    assert [gcra.reserve(0.0) for _ in range(5)] == pytest.approx([0.0, 0.0, 0.0, 0.103, 0.206])
+    assert [gcra.reserve(60.0) for _ in range(4)] == pytest.approx([60.0, 60.0, 60.0, 60.103])
+
+
+@pytest.mark.parametrize("rate", [0.3, 1.0, 1.9])
+def test_a_burst_counts_for_nothing_above_the_rate(rate: float) -> None:
+    """A provider of 1 call/s refuses the second of two at once, whatever the burst is set to."""
+    gcra = Gcra(rate, burst=5)
+    gcra.reserve(0.0)
+    assert gcra.reserve(0.0) > 1.0 / rate
+
+
+def test_a_reservation_that_is_given_back_is_free_again() -> None:
+    """The next caller gets the very start that was not used."""
+    gcra = Gcra(1.0)
+    first, second = gcra.reserve(0.0), gcra.reserve(0.0)
+    gcra.give_back()
+    assert gcra.reserve(0.0) == pytest.approx(second)
+    assert first == 0.0
+
+
+def test_giving_back_never_earns_more_than_a_pause_would() -> None:
+    """After reserve and give back the burst is what it was."""
+    gcra = Gcra(2.0, burst=2)
+    gcra.reserve(0.0)
+    gcra.give_back()
+    assert [gcra.reserve(0.0) for _ in range(3)] == pytest.approx([0.0, 0.0, 0.515])
+
+
+# -- the queue ---------------------------------------------------------------------------------------------------
+
+
+@virtual_time
+async def test_one_call_a_second_is_one_call_a_second() -> None:
+    """Ten that ask at once start 1.03 s apart, at the configured rate and never faster."""
+    calls = Calls(pacer(1.0, burst=2))
+    waits = await asyncio.gather(*calls.begin(*["acme"] * 10))
+    assert calls.times == pytest.approx([SPACING_S * n for n in range(10)])
+    assert waits == pytest.approx(calls.times)
+
+
+@virtual_time
+async def test_a_free_start_is_had_at_once() -> None:
+    """Nobody waits when nobody is before it."""
+    calls = Calls(pacer())
+    await asyncio.sleep(100)
+    assert await calls.make() == 0.0
+
+
+@virtual_time
+async def test_no_more_calls_run_than_the_provider_takes() -> None:
+    """Calls that last longer than the spacing wait for a place, not only for a start."""
+    calls = Calls(pacer(10.0, concurrency=3), lasts_s=5.0)
+    await asyncio.gather(*calls.begin(*["acme"] * 9))
+    assert calls.most_running == 3
+    assert calls.times == pytest.approx([0, 0.103, 0.206, 5.0, 5.103, 5.206, 10.0, 10.103, 10.206])
+
+
+@virtual_time
+async def test_starts_stay_apart_when_places_come_free_together() -> None:
+    """A full house does not save up starts."""
+    calls = Calls(pacer(1.0, concurrency=2), lasts_s=10.0)
+    await asyncio.gather(*calls.begin(*["acme"] * 6))
+    assert all(later - sooner >= SPACING_S - 1e-9 for sooner, later in zip(calls.times, calls.times[1:], strict=False))
+
+
+@virtual_time
+async def test_a_start_that_was_overslept_pushes_the_next_back() -> None:
+    """A loop that stood still for 0.9 s must not make two calls within a second of each other."""
+    calls = Calls(pacer(1.0))
+    tasks = calls.begin(*["acme"] * 4)
+    await turns(5)
+    virtual_loop().oversleep(SPACING_S + 0.9)
+    await asyncio.gather(*tasks)
+    gaps = [later - sooner for sooner, later in zip(calls.times, calls.times[1:], strict=False)]
+    assert calls.times[1] == pytest.approx(SPACING_S + 0.9)
+    assert gaps[1:] == pytest.approx([SPACING_S] * 2)
+
+
+@virtual_time
+async def test_a_start_that_came_late_to_its_caller_pushes_the_next_back() -> None:
+    """The loop stands still between the permit and whoever wakes to take it, or at any turn around that."""
+    for pause in range(8):
+        calls = Calls(pacer(1.0))
+        tasks = calls.begin("acme", "acme")
+        await turns(pause)
+        virtual_loop().oversleep(0.5)
+        await asyncio.gather(*tasks)
+        assert calls.times[1] - calls.times[0] >= SPACING_S - 0.005
+
+
+@virtual_time
+async def test_a_pause_holds_every_start_back_and_its_end_is_no_burst() -> None:
+    """What `Retry-After` says is exact, also for a start that was booked before; a shorter pause shortens nothing."""
+    line = pacer(1.0)
+    calls = Calls(line)
+    first, *others = calls.begin(*["acme"] * 3)
+    await first
+    line.pause(10.0)
+    line.pause(5.0)
+    await asyncio.gather(*others)
+    assert calls.times == pytest.approx([0.0, 10.0, 10.0 + SPACING_S])
+
+
+@virtual_time
+async def test_tenants_take_turns() -> None:
+    """One that queued a hundred does not keep the others waiting; within a tenant it is first come, first served."""
+    calls = Calls(pacer(), lasts_s=0.0)
+    tasks = calls.begin(*["a"] * 6, *["b"] * 2, *["c"] * 3)
+    await asyncio.gather(*tasks)
+    assert calls.order == "abcabcacaaa"
+    waits = [task.result() for task in tasks[:6]]
+    assert waits == sorted(waits)
+
+
+@virtual_time
+async def test_a_greedy_tenant_gets_no_more_than_its_share() -> None:
+    """Ten tenants, one of which asks ten times as much: Jain's index of what was served is at least 0.95."""
+    calls = Calls(pacer(10.0, max_wait_s=3600.0))
+    tasks = calls.begin(*["0"] * 200, *[str(n) for n in range(1, 10) for _ in range(20)])
+    await asyncio.sleep(0.103 * 150)
+    served = Counter(tenant for _, tenant in calls.started)
+    jain = sum(served.values()) ** 2 / (10 * sum(n * n for n in served.values()))
+    assert sum(served.values()) >= 140
+    assert jain >= 0.95
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert calls.line.stats() == IDLE
+
+
+@virtual_time
+async def test_the_place_in_the_queue_is_the_number_of_starts_before_it() -> None:
+    """`position` foretells what then happens, whoever's turn it is."""
+    for newcomer in "abcd":
+        calls = Calls(pacer(max_wait_s=3600.0))
+        tasks = calls.begin(*"aabaacab")
+        await turns(6)
+        expected = calls.line.position(newcomer)
+        already = len(calls.started)
+        probe = Calls(calls.line)
+        probe_task = asyncio.create_task(probe.make(newcomer))
+        await probe_task
+        assert sum(at_s < probe.times[0] for at_s in calls.times) - already == expected
+        await asyncio.gather(*tasks)
+
+
+@virtual_time
+async def test_whoever_leaves_the_queue_costs_its_neighbours_nothing() -> None:
+    """The start booked for a caller that left is used by the next; no place is held (C10)."""
+    calls = Calls(pacer())
+    tasks = calls.begin(*["acme"] * 4)
+    await turns(5)
+    for task in tasks[1:3]:
+        task.cancel()
+    await turns(2)
+    assert calls.line.stats() == PacerStats(waiting=1, running=0, tenants=1)
+    await tasks[3]
+    assert calls.times == pytest.approx([0.0, SPACING_S])
+    assert calls.line.stats() == IDLE
+
+
+def cancel_as_the_permit_comes(task: asyncio.Task[Any]) -> None:
+    """Cancel a caller after it was given the next start and before it has woken to take it."""
+    loop = asyncio.get_running_loop()
+    loop.call_at(SPACING_S, loop.call_soon, task.cancel)
+
+
+@virtual_time
+async def test_a_permit_given_to_a_caller_that_is_leaving_goes_to_the_next() -> None:
+    """Permit and cancel meet in one turn of the loop: neither the place nor the start is lost."""
+    line = pacer(concurrency=1, max_wait_s=3600.0)
+    calls = Calls(line)
+    await calls.make()
+    leaving, staying = calls.begin("a", "b")
+    await turns(3)
+    cancel_as_the_permit_comes(leaving)
+    await staying
+    assert leaving.cancelled()
+    assert calls.times == pytest.approx([0.0, SPACING_S])
+    assert line.stats() == IDLE
+
+
+@virtual_time
+async def test_a_permit_given_to_the_last_caller_as_it_leaves_is_free_again() -> None:
+    """With nobody to take it the place must come free."""
+    line = pacer(concurrency=1)
+    calls = Calls(line)
+    await calls.make()
+    (leaving,) = calls.begin("a")
+    await turns(3)
+    cancel_as_the_permit_comes(leaving)
+    await asyncio.wait([leaving])
+    assert leaving.cancelled()
+    assert (len(calls.started), line.stats()) == (1, IDLE)
+    await calls.make()
+
+
+@virtual_time
+async def test_a_start_that_nobody_wants_any_more_is_given_back() -> None:
+    """All leave before the start comes: whoever asks then gets it without waiting a spacing more."""
+    calls = Calls(pacer())
+    await calls.make()
+    (leaving,) = calls.begin("acme")
+    await turns(3)
+    leaving.cancel()
+    await asyncio.sleep(SPACING_S)
+    await turns(3)
+    assert await calls.make() == 0.0
+
+
+@virtual_time
+async def test_a_call_that_fails_gives_its_place_back() -> None:
+    """However the block ends."""
+    line = pacer(100.0, concurrency=1)
+
+    async def fails() -> None:
+        async with line.permit("acme"):
+            raise LookupError
+
+    for _ in range(3):
+        with pytest.raises(LookupError):
+            await fails()
+    assert line.stats() == IDLE
+
+
+@virtual_time
+async def test_the_queue_is_bounded() -> None:
+    """At the limit, yes; one above, `QueueFull` with a hint, at once."""
+    calls = Calls(pacer(max_waiting=2))
+    await calls.make()
+    tasks = calls.begin("a", "b")
+    await turns(2)
+    with pytest.raises(QueueFull) as caught:
+        await calls.make("c")
+    assert caught.value.retry_after_s == 1.0
+    await asyncio.gather(*tasks)
+    assert calls.line.stats() == IDLE
+
+
+@virtual_time
+async def test_waiting_is_bounded() -> None:
+    """After `max_wait_s` the caller gets `QueueTimeout` and its place in the queue is gone."""
+    calls = Calls(pacer(concurrency=1, max_wait_s=5.0), lasts_s=60.0)
+    running, waiting = calls.begin("a", "b")
+    await asyncio.wait([waiting])
+    assert virtual_loop().time() == pytest.approx(5.0)
+    assert isinstance(waiting.exception(), QueueTimeout)
+    assert calls.line.stats() == PacerStats(waiting=0, running=1, tenants=0)
+    await running
+
+
+@virtual_time
+async def test_closing_tells_who_waits_and_leaves_who_runs() -> None:
+    """Waiters get `ShuttingDown`, so do newcomers; running calls end by themselves; no task is left."""
+    calls = Calls(pacer(concurrency=1), lasts_s=5.0)
+    running, *waiting = calls.begin("a", "b", "c")
+    await turns(5)
+    await calls.line.aclose()
+    assert virtual_loop().time() == 0.0
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(each) for each in results] == [ShuttingDown] * 2
+    with pytest.raises(ShuttingDown):
+        await calls.make()
+    await running
+    assert calls.line.stats() == IDLE
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await calls.line.aclose()
+
+
+@virtual_time
+async def test_closing_while_a_waiter_leaves_reports_nothing() -> None:
+    """The refusal of a caller that is being cancelled is not an exception nobody retrieved."""
+    calls = Calls(pacer(concurrency=1), lasts_s=5.0)
+    running, waiting = calls.begin("a", "b")
+    await turns(3)
+    closing = asyncio.create_task(calls.line.aclose())
+    await turns()
+    waiting.cancel()
+    await asyncio.wait([waiting, closing])
+    assert waiting.cancelled()
+    await running
+
+
+class Refusing:
+    """A limiter whose first reservations fail."""
+
+    def __init__(self, error: Exception, failures: int = 1) -> None:
+        self.error = error
+        self.failures = failures
+
+    async def reserve(self) -> float:
+        await asyncio.sleep(0)
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        return 0.0
+
+    async def give_back(self) -> None:
+        """Nothing to do."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(StorageUnavailable(), StorageUnavailable), (LookupError(), InternalError)]
+)
+@virtual_time
+async def test_a_limiter_that_fails_is_told_to_everyone_who_waits(error: Exception, told: type[Exception]) -> None:
+    """Nobody waits out its patience for a pump that is gone, and the next request finds a new one."""
+    calls = Calls(Pacer(Refusing(error), concurrency=3))
+    results = await asyncio.gather(*calls.begin("a", "a", "b"), return_exceptions=True)
+    assert [type(each) for each in results] == [told] * 3
+    assert virtual_loop().time() == 0.0
+    assert await calls.make() == 0.0
+    assert calls.line.stats() == IDLE
+
+
+@virtual_time
+async def test_the_pump_has_nothing_of_the_request_that_started_it() -> None:
+    """It outlives that request; its context would carry one tenant's variables into the waiting of others."""
+    tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
+    seen: list[str] = []
+
+    class Looking:
+        async def reserve(self) -> float:
+            seen.append(tenant.get())
+            return 0.0
+
+        async def give_back(self) -> None:
+            """Nothing to do."""
+
+    tenant.set("acme")
+    await Calls(Pacer(Looking(), concurrency=1)).make()
+    assert seen == ["nobody"]
+
+
+@virtual_time
+async def test_nested_permits_of_one_caller_need_two_places() -> None:
+    """No hidden re-entrancy: a second permit is a second call."""
+    line = pacer(100.0, concurrency=2)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(line.permit("acme"))
+        await stack.enter_async_context(line.permit("acme"))
+        assert line.stats().running == 2
+    assert line.stats() == IDLE
