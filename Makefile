@@ -60,7 +60,7 @@ bench: setup ## every benchmark over HTTP, then the page of figures; a quarter o
 	@$(BIN)/python -m bench.run
 
 lock: ## resolve the dependencies anew
-	@$(UV) pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
+	@$(UV) pip compile pyproject.toml --extra local --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
 	  --no-emit-index-url --no-header --output-file requirements.lock
 
 docs: setup ## rewrite the reference pages that are made from the code
