@@ -77,10 +77,18 @@ class Desk:
         for stats in (self.turns.flights.stats(), self.calls.flights.stats()):
             assert (stats.flights, stats.waiters, stats.tasks) == (0, 0, 0)
         await asyncio.sleep(0)
+        assert self._left() == []
         assert self.hub.stats().open_logs == 0
         assert self.calls.logs.stats().logs == 0
         pacer = self.calls.lanes["scripted"].pacer.stats()
         assert (pacer.waiting, pacer.running) == (0, 0)
+
+    def _left(self) -> list[object]:
+        """What the registries of turns hold still, and beats that go on."""
+        turns = self.turns
+        registries: list[object] = [*turns._runs, *turns._gates, *turns._tickets]
+        beats = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "TurnRun._beat"]
+        return registries + beats
 
 
 @asynccontextmanager
