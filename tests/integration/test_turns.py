@@ -1,4 +1,8 @@
-"""Turns on a real ledger: cases C01 to C33 of the study of coalescers, as far as one process shows them."""
+"""Turns on a real ledger: cases C01 to C33 of the study of coalescers, as far as one process shows them.
+
+C16, that nothing is left behind, is `Desk.settled`, which most of them end with. C15, C18 and C19 are the coalescer's
+own (`tests/unit/core/test_coalesce.py`); C30 and C31 are seen best from outside (`tests/acceptance/test_streams_*`).
+"""
 
 import asyncio
 import json
@@ -23,7 +27,10 @@ from oncewise.errors import (
     WaitTimeout,
 )
 from oncewise.model import ChatMessage, ChatRequest, MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from oncewise.providers.call import Timers
+from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.storage.threads import SqlThreadStore
+from tests.support.fake_provider import FakeProvider
 from tests.support.ledgers import DisturbedLedger
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
@@ -314,10 +321,31 @@ async def test_a_provider_that_cancels_itself_cancels_no_caller(desk):
     thread = await desk.thread()
     desk.provider.failures = [(0, asyncio.CancelledError())]
 
-    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(3)))
+    callers = [asyncio.create_task(desk.outcome(thread)) for _ in range(3)]
+    errors = await asyncio.gather(*callers)
 
     assert {error.code for error in errors} == {"upstream_cancelled"}
+    assert not any(caller.cancelling() for caller in callers)
     await desk.settled()
+
+
+async def test_a_provider_that_says_nothing_is_given_up(tmp_path):
+    """C14: every caller is told so in time, nothing is left, and the next request starts anew."""
+    async with FakeProvider() as fake:
+        timers = Timers(first_token_s=0.2)
+        provider = OpenAICompatibleProvider.connect("scripted", fake.base_url, None, concurrency=5, timers=timers)
+        async with open_desk(tmp_path / "ow.db", provider) as desk:
+            thread = await desk.thread()
+
+            async with asyncio.timeout(5):
+                errors = await asyncio.gather(*(desk.outcome(thread, model="hang") for _ in range(5)))
+
+            assert {error.code for error in errors} == {"provider_timeout"}
+            assert fake.count <= 3
+            await desk.settled()
+            assert await desk.messages(thread) == []
+            assert (await desk.post(thread, model="n3")).stored.state is TurnState.COMPLETED
+        await provider.aclose()
 
 
 async def test_callers_cannot_change_what_others_get(desk):
@@ -639,6 +667,8 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
 
     callers = [asyncio.create_task(caller(f"c{number}")) for number in range(3)]
     await held.provider.started.wait()
+    with pytest.raises(NotFound):
+        held.turns.cancel_request("org_b", "c1")
     held.turns.cancel_request("org_a", "c0")
     with pytest.raises(TurnCancelled):
         await callers[0]
@@ -653,8 +683,6 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
             await task
     with pytest.raises(NotFound):
         held.turns.cancel_request("org_a", "c0")
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_b", "c1")
     await held.settled()
     assert await held.messages(thread) == []
 

@@ -33,7 +33,7 @@ __all__ = ["Desk", "ScriptedProvider", "open_desk"]
 class Desk:
     """Turns, threads and ledger on a real SQLite file, in front of one provider."""
 
-    provider: ScriptedProvider
+    provider: Any
     database: SqliteDatabase
     ledger: Any
     calls: Calls
@@ -70,7 +70,7 @@ class Desk:
         return [(message.role, message.content) for message in stored.messages]
 
     async def settled(self) -> None:
-        """Wait until nothing runs, and see that nothing is left behind."""
+        """Wait until nothing runs, and see that nothing is left behind (C16)."""
         async with asyncio.timeout(5):
             while self.turns.flights.stats().tasks or self.calls.flights.stats().tasks:
                 await asyncio.sleep(0.005)
@@ -94,7 +94,7 @@ class Desk:
 @asynccontextmanager
 async def open_desk(
     path: Path,
-    provider: ScriptedProvider | None = None,
+    provider: Any = None,
     *,
     rps: float = 10_000.0,
     concurrency: int = 50,
