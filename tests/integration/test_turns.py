@@ -859,6 +859,20 @@ async def test_a_thread_that_another_process_deletes_leaves_nothing_open(held):
     await held.settled()
 
 
+async def test_the_text_of_a_running_call_counts_against_the_memory_of_streams(held):
+    """Once for the call, and once for each turn that copies it."""
+    held.provider.gap_s = 0.05
+    thread = await held.thread()
+    caller = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+    held.provider.go.set()
+    while not held.calls.logs.stats().bytes:
+        await asyncio.sleep(0.005)
+        assert not caller.done()
+    await caller
+    await held.settled()
+
+
 async def test_a_call_that_is_left_before_its_first_step_leaves_nothing_behind(desk):
     """No log, which nobody would ever close."""
     thread = await desk.thread()
