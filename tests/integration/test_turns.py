@@ -7,6 +7,7 @@ own (`tests/unit/core/test_coalesce.py`); C30 and C31 are seen best from outside
 import asyncio
 import json
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -47,6 +48,13 @@ async def held(tmp_path):
     """A desk whose provider answers when the test says so."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
         yield desk
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition that no event tells of."""
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 def roles(told: list[Any]) -> list[str]:
@@ -318,7 +326,7 @@ async def test_a_message_that_comes_while_its_twin_is_being_ended_gets_a_turn_of
             cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
         await end.reached.wait()
         newcomer = asyncio.create_task(desk.told(thread))
-        await asyncio.sleep(0.02)
+        await until(lambda: desk.ledger.calls["admit"] == 2)
         end.open.set()
         desk.provider.go.set()
 
@@ -526,10 +534,11 @@ async def test_the_last_of_two_flights_to_lose_interest_stops_the_call(held):
 
     keyed = asyncio.create_task(caller("keyed", idempotency_key="K"))
     await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
     keyless = asyncio.create_task(caller("keyless"))
-    await asyncio.sleep(0.02)
+    await until(lambda: held.threads.requesters(thread.org_id, turn.id) == 2)
     held.turns.cancel_request("org_a", "keyed")
-    await asyncio.sleep(0.02)
+    await until(lambda: held.threads.requesters(thread.org_id, turn.id) == 1)
     assert held.provider.running == 1
     held.turns.cancel_request("org_a", "keyless")
     async with asyncio.timeout(1):
@@ -802,7 +811,7 @@ async def test_an_impatient_message_stops_only_the_one_that_runs(held):
     running = asyncio.create_task(held.outcome(thread, "one"))
     await held.provider.started.wait()
     waiting = asyncio.create_task(held.post(thread, "two"))
-    await asyncio.sleep(0.02)
+    await until(lambda: len(held.turns._runs) == 2)
     impatient = asyncio.create_task(held.post(thread, "three", on_busy=OnBusy.INTERRUPT))
     assert (await running).code == "turn_cancelled"
     held.provider.go.set()

@@ -222,7 +222,11 @@ class TurnRun:
         self._announce(claim.turn_id, role, TurnState.PENDING, claim.epoch, position)
         beat = asyncio.create_task(self._beat(claim))
         try:
-            return await self._answer(claim, position)
+            try:
+                return await self._answer(claim, position)
+            finally:
+                # Before anything else: a fence would cut into the telling of how the turn ended.
+                beat.cancel()
         except asyncio.CancelledError:
             return await self._stopped(claim)
         except OncewiseError as error:
@@ -231,7 +235,6 @@ class TurnRun:
             await self._failed(claim, FlightFailed().failure(), cause=error)
             raise
         finally:
-            beat.cancel()
             # Ended long ago, unless the turn was handed back, or its row could not be read or is gone with its thread:
             # then its viewers end where they are, and are told when they resume.
             self.log.sever()
