@@ -472,6 +472,9 @@ class TurnRun:
         ledger, ask = self._desk.ledger, self.ask
         turn = await ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
         while not turn.state.final:
+            if self._desk.closing and self.flight is not None and self.flight.ending:
+                # The fence and the shutdown came as one cancellation: no other will follow.
+                raise ShuttingDown(retry_after_s=1.0)
             await asyncio.sleep(self._desk.rules.poll_s)
             turn = await ledger.turn(ask.org_id, ask.thread_id, claim.turn_id)
         if turn.state is not TurnState.COMPLETED:
