@@ -29,8 +29,10 @@ from oncewise.errors import (
     WaitTimeout,
 )
 from oncewise.model import ChatMessage, ChatRequest, MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from oncewise.ports import TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
+from oncewise.service.calls import Calls
 from oncewise.storage.threads import SqlThreadStore
 from tests.support.fake_provider import FakeProvider
 from tests.support.ledgers import DisturbedLedger
@@ -653,6 +655,73 @@ async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(de
     assert sorted(entry.shared for entry in audits) == [False] + [True] * 19
     assert len({entry.call_id for entry in audits}) == 1
     await desk.settled()
+
+
+async def test_whoever_joins_a_running_call_may_leave_it_too(held):
+    """C11 for a turn that shares the call of another thread: that costs something by then, so the turn is stored."""
+    first, second = [await held.thread() for _ in range(2)]
+    leader = asyncio.create_task(held.post(first))
+    await held.provider.started.wait()
+    joined = asyncio.create_task(held.post(second))
+    await until(lambda: held.calls.flights.stats().waiters == 2)
+    joined.cancel()
+    await asyncio.sleep(0.01)
+    held.provider.go.set()
+    await leader
+    await held.settled()
+
+    assert await held.messages(second) == [("user", "Hello"), ("assistant", "pong")]
+    assert len(held.provider.calls) == 1
+
+
+def test_a_call_is_the_whole_request_and_its_tenant():
+    """Whatever the provider would be told keeps two calls apart, and nothing else does."""
+    calls = Calls({}, ledger=None, flights=None, logs=None, ids=str)
+    hello = (ChatMessage("user", "Hello"),)
+
+    def key(org: str = "acme", provider: str = "p", model: str = "m", messages: Any = hello, **params: Any) -> Any:
+        return calls.key(org, ChatRequest(provider, model, messages, Params(**params)))
+
+    keys = [
+        key(),
+        key(org="other"),
+        key(provider="q"),
+        key(model="n"),
+        key(messages=(ChatMessage("user", "Hello "),)),
+        key(messages=(ChatMessage("system", "Hello"),)),
+        key(messages=hello * 2),
+        *(key(**{name: 1}) for name in ("temperature", "top_p", "max_tokens", "seed")),
+        *(key(**{name: 1}) for name in ("presence_penalty", "frequency_penalty")),
+        key(stop=("x",)),
+        key(seed=0),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == key()
+
+
+async def test_a_provider_that_ends_without_a_verified_completion_has_failed(tmp_path):
+    """What it said may be half of an answer: it is kept as that."""
+
+    class Unverified(ScriptedProvider):
+        async def stream(self, request: ChatRequest) -> Any:
+            self.calls.append(request)
+            yield TextDelta("half")
+
+    async with open_desk(tmp_path / "ow.db", Unverified()) as desk:
+        thread = await desk.thread()
+
+        assert (await desk.outcome(thread)).code == "provider_protocol"
+        assert (await desk.threads.get(thread.org_id, thread.id)).messages[1].status is MessageStatus.PARTIAL
+        await desk.settled()
+
+
+async def test_an_answer_is_not_lost_to_its_accounting(tmp_path):
+    """How a call ended could not be written down; what it said is stored."""
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger) as desk:
+        thread = await desk.thread()
+        desk.ledger.fail("finish_call", StorageUnavailable())
+
+        assert (await desk.post(thread)).stored.state is TurnState.COMPLETED
 
 
 async def test_a_late_viewer_gets_the_whole_text(tmp_path):
