@@ -59,6 +59,7 @@ async def test_a_body_in_parts_is_read_whole():
 
     assert (client.status, client.body) == (200, b"3")
     assert client.headers[b"content-length"] == b"1"
+    assert client.headers[b"cache-control"] == b"no-store"
 
 
 async def test_a_body_is_counted_while_it_comes():
@@ -68,6 +69,15 @@ async def test_a_body_is_counted_while_it_comes():
 
     assert (client.status, client.code) == (413, "body_too_large")
     assert client._parts == []
+
+
+async def test_the_rest_of_a_refused_body_is_read_within_bounds():
+    """Nobody is listened to for ever for having sent too much."""
+    client = Client(*[b"a" * 6] * 100)
+    await client.meets(echo_size, refused_bytes=30)
+
+    assert (client.status, client.code) == (413, "body_too_large")
+    assert len(client._parts) == 93, "two that were over the limit, and five of the rest"
 
 
 async def test_a_body_that_does_not_end_is_given_up():
