@@ -244,6 +244,29 @@ async def test_query_values_out_of_bounds(site):
     assert (await site.ask("GET", "/api/threads/?" + "q=" + "x" * 10_000)).status == 200
 
 
+async def test_who_may_not_ask_is_told_so_before_anything_about_what_was_asked(site):
+    """A stranger learns nothing of ids, bodies or bounds."""
+    for method, path in (
+        ("GET", "/api/threads/?limit=0"),
+        ("GET", "/api/threads/%00"),
+        ("PATCH", "/api/threads/x"),
+        ("GET", "/api/threads/x/turns/y"),
+        ("POST", "/api/threads/x/messages"),
+        ("POST", "/api/threads/x/messages/stream"),
+        ("POST", "/api/threads/import"),
+    ):
+        reply = await timed(site.ask(method, path, b"{" if method != "GET" else None, ()))
+        assert (reply.status, reply.code) == (401, "missing_org"), path
+
+
+async def test_a_thread_that_cannot_be_is_unknown_without_a_look_up(site):
+    """No transaction for a text that is no id of ours."""
+    site.services.turns.ledger = None
+    for thread in ("%00", "a%20b", "..%2f", "%ff", "a" * 65):
+        reply = await timed(site.ask("POST", f"/api/threads/{thread}/messages", {"content": "Hello"}))
+        assert (reply.status, reply.code) == (404, "not_found"), thread
+
+
 async def test_bodies_of_threads(site):
     """The other routes that take JSON are as strict."""
     thread = await site.thread()
@@ -280,6 +303,17 @@ async def test_imports_that_are_not_an_export(site):
         assert (reply.status, reply.code) == (422, "invalid_request"), body
         assert CANARY.encode() not in reply.body
     assert (await site.ask("GET", "/api/threads/")).json()["items"] == []
+
+
+async def test_an_import_may_end_its_lines_as_other_systems_do(site):
+    """CR is white space between JSON's tokens; a line separator inside a message is text."""
+    text = "a\u2028b\u0085c"
+    lines = f'{{"role":"user",\r"content":"{text}"}}\r\n{{"role":"assistant","content":"x"}}\r\n\r\n'
+    ndjson = ("content-type", "application/x-ndjson")
+    reply = await site.ask("POST", "/api/threads/import", lines.encode(), (ORG, ndjson))
+
+    assert reply.status == 201
+    assert await site.messages(reply.json()["thread_id"]) == [("user", text), ("assistant", "x")]
 
 
 class Broken:

@@ -112,6 +112,44 @@ async def test_an_idempotency_key_replays_its_request_and_refuses_another(site):
     assert (other.status, other.code) == (422, "idempotency_mismatch")
 
 
+async def test_a_running_turn_is_not_found_by_another_tenant_with_the_same_words(held):
+    """C21: the same body to the same thread, under another name, while and after it is answered."""
+    thread = await held.thread()
+    leader = asyncio.create_task(held.say(thread))
+    await held.provider.started.wait()
+    body, other = {"content": "Hello"}, (("x-org-id", "other"), JSON)
+    during = asyncio.create_task(held.ask("POST", f"/api/threads/{thread}/messages", body, other))
+    await asyncio.sleep(0.05)
+    held.provider.go.set()
+    replies = [await during, await held.ask("POST", f"/api/threads/{thread}/messages", body, other)]
+
+    assert [(reply.status, reply.code) for reply in replies] == [(404, "not_found")] * 2
+    assert (await leader).status == 200
+    assert len(held.provider.calls) == 1
+
+
+async def test_the_same_body_means_what_its_thread_and_its_headers_say(site):
+    """It is parsed once, and asked anew wherever something else differs."""
+    threads = [await site.thread() for _ in range(2)]
+    replies = [await site.say(thread) for thread in threads]
+    assert [reply.json()["thread_id"] for reply in replies] == threads
+    assert [await site.messages(thread) for thread in threads] == [[("user", "Hello"), ("assistant", "pong")]] * 2
+
+    thread = await site.thread()
+    ways = [[("idempotency-key", "k-1")], [("idempotency-key", "k-2")], [], [("x-coalesce", "off")]]
+    turns = [(await site.say(thread, headers=headers)).json()["turn_id"] for headers in ways]
+    assert len(set(turns)) == 3, "the one without a key repeats the latest; all others are their own"
+    assert turns[2] == turns[1]
+
+
+async def test_bodies_too_large_to_be_kept_are_not_taken_for_each_other(site):
+    """Each is an object of its own, which may come to stand where the last one stood."""
+    thread = await site.thread()
+    for number in range(20):
+        text = f"{number} " + "x" * 70_000
+        assert (await site.say(thread, text)).json()["user_message"]["content"] == text
+
+
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ключ".encode().decode("latin-1")])
 async def test_an_idempotency_key_is_visible_ascii(site, key):
     """At most 255 characters."""
@@ -140,6 +178,8 @@ async def test_a_failed_turn_is_a_problem_that_says_which_turn(site, failure, st
     assert reply.headers["x-turn-id"]
     assert reply.headers.get("retry-after") == retry_after
     assert reply.json()["retryable"] is failure.retryable
+    figures = (await site.ask("GET", "/api/metrics/performance?last_n=50", headers=())).json()
+    assert (figures["total_requests"], figures["errors"]["total"]) == (1, 1)
 
 
 async def test_a_provider_that_cancels_itself_is_a_bad_gateway_to_everyone(held):
