@@ -22,7 +22,19 @@ from oncewise.errors import (
     TurnCancelled,
     WaitTimeout,
 )
-from oncewise.model import MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from oncewise.model import (
+    Answer,
+    FinishReason,
+    MessageStatus,
+    OnBusy,
+    OnDisconnect,
+    Params,
+    Thread,
+    TurnClaim,
+    TurnState,
+    Usage,
+)
+from oncewise.service.turns import TurnRun
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
 
@@ -655,25 +667,114 @@ async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
         assert error.code == "not_persisted"
 
 
+async def test_a_pause_of_the_database_does_not_end_a_running_turn(tmp_path):
+    """The first delta waits until the turn is marked visible; nobody fails because that took a while."""
+    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "mark_visible", 2)) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            result = await ticket.result()
+
+        assert b"".join([chunk async for chunk in log.view()]) == b"pong"
+        assert result.stored.visible
+
+
+async def test_a_failure_is_stored_before_it_is_told(tmp_path):
+    """Though the database was away for a moment: else the row would end in another way than its callers were told."""
+    provider = ScriptedProvider(deltas=["half"])
+    provider.failures = [(1, ProviderProtocolError())]
+    async with open_desk(tmp_path / "ow.db", provider, ledger=lambda real: FailingLedger(real, "end", 2)) as desk:
+        thread = await desk.thread()
+
+        error = await desk.outcome(thread)
+
+        stored = (await desk.threads.get(thread.org_id, thread.id)).messages[1]
+        turn = await desk.ledger.turn(thread.org_id, thread.id, stored.turn_id)
+        assert (error.code, turn.failure_code, stored.content) == ("provider_protocol", "provider_protocol", "half")
+
+
+# -- lost leaders ------------------------------------------------------------------------------------------------
+
+
+OTHERS = Answer("PONG", FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1)
+
+
+async def fenced(desk: Desk, thread: Thread) -> tuple[TurnRun, TurnClaim]:
+    """The run of a thread's active turn, and the claim of the owner that took the turn from it."""
+    await desk.provider.started.wait()
+    turn = await desk.ledger.active(thread.org_id, thread.id)
+    run = desk.turns.run_of(thread.org_id, turn.id)
+    await desk.ledger.release(run._claim)
+    taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
+    assert taken is not None
+    return run, taken
+
+
 async def test_a_fenced_leader_serves_what_another_stored(tmp_path):
     """Its own text is discarded: told is stored."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
         thread = await desk.thread()
         caller = asyncio.create_task(desk.post(thread))
-        await desk.provider.started.wait()
-        turn = await desk.ledger.active(thread.org_id, thread.id)
-        run = desk.turns.run_of(thread.org_id, turn.id)
-        await desk.ledger.release(run._claim)
-        taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
-        other = desk.provider.text.upper()
+        _, taken = await fenced(desk, thread)
         desk.provider.go.set()
         await asyncio.sleep(0.05)
-        from oncewise.model import Answer, FinishReason, Usage
 
-        await desk.ledger.commit(taken, Answer(other, FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1))
+        await desk.ledger.commit(taken, OTHERS)
 
         assert (await caller).stored.assistant_message.content == "PONG"
         assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "PONG")]
+
+
+async def test_a_leader_that_is_fenced_twice_still_tells_how_its_turn_ended(tmp_path):
+    """By the first delta and by the heartbeat: the second must not interrupt the look at the row."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), lease_s=0.3) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            run, taken = await fenced(desk, thread)
+            run._fence()
+            await asyncio.sleep(0.3)  # a heartbeat later
+
+            await desk.ledger.commit(taken, OTHERS)
+
+            assert (await ticket.result()).stored.assistant_message.content == "PONG"
+            assert b"".join([chunk async for chunk in log.view()]) == b"PONG"
+
+
+async def test_what_a_fenced_leader_has_is_shown_to_nobody(tmp_path):
+    """Deltas that no viewer had asked for yet, and a viewer that asks after the turn was taken over."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(deltas=["po", "ng"], gap_s=0.1)) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            run, taken = await fenced(desk, thread)
+            while run.log is None or run.log.deltas == 0:
+                await asyncio.sleep(0.01)
+            watching = asyncio.create_task(ticket.watch())
+            await asyncio.sleep(0.05)
+            await desk.ledger.end(
+                taken, TurnState.FAILED, ProviderError().failure(), partial="PO", partial_seq=1, call_id=None
+            )
+            log = await watching
+
+            assert b"".join([chunk async for chunk in log.view()]) == b"PO"
+            with pytest.raises(ProviderError):
+                await ticket.result()
+
+
+async def test_a_turn_that_outlived_its_lease_is_ended_by_its_owner(tmp_path):
+    """The database was away for longer than the lease: nobody took the turn over, so nobody else would end it."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.provider.started.wait()
+        turn = await desk.ledger.active(thread.org_id, thread.id)
+
+        desk.turns.run_of(thread.org_id, turn.id)._fence()
+
+        assert (await caller).code == "leader_lost"
+        assert (await desk.ledger.turn(thread.org_id, thread.id, turn.id)).state is TurnState.INTERRUPTED
 
 
 async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
