@@ -559,6 +559,93 @@ async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
     assert after.stored.state is TurnState.COMPLETED
 
 
+class LateReads:
+    """The real ledger, whose reads of one turn arrive when the test says so."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.held = False
+        self.read = asyncio.Event()
+        self.go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def turn(self, org_id: str, thread_id: str, turn_id: str) -> Any:
+        turn = await self._ledger.turn(org_id, thread_id, turn_id)
+        if self.held:
+            self.read.set()
+            await self.go.wait()
+        return turn
+
+
+async def test_a_cancel_that_reads_the_row_just_before_the_commit_says_how_the_turn_ended(tmp_path):
+    """The row said `streaming`, and by the time that is known the run has gone: the reply is the final state."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateReads) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.post(thread))
+        await desk.provider.started.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+
+        desk.ledger.held = True
+        cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await desk.ledger.read.wait()
+        desk.provider.go.set()
+        await caller
+        await desk.settled()
+        desk.ledger.go.set()
+
+        assert (await cancel).state is TurnState.COMPLETED
+
+
+async def test_a_cancel_that_comes_before_the_run_has_entered_stops_it(tmp_path):
+    """Between the transaction that admits a turn and its run's first step anybody may read and cancel it."""
+
+    class LateLead:
+        def __init__(self, ledger: Any) -> None:
+            self._ledger = ledger
+            self.admitted = asyncio.Event()
+            self.go = asyncio.Event()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._ledger, name)
+
+        async def admit(self, *args: Any, **kwargs: Any) -> Any:
+            admission = await self._ledger.admit(*args, **kwargs)
+            self.admitted.set()
+            await self.go.wait()
+            return admission
+
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateLead, poll_s=0.01) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.ledger.admitted.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+
+        cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await asyncio.sleep(0.03)
+        desk.ledger.go.set()
+
+        assert (await cancel).state is TurnState.CANCELLED
+        assert (await caller).code == "turn_cancelled"
+        await desk.settled()
+
+
+async def test_a_turn_that_its_process_left_open_can_be_cancelled(tmp_path):
+    """Nobody leads it any more: its partial is kept, and it ends as cancelled under the next epoch."""
+    async with open_desk(tmp_path / "ow.db") as desk:
+        thread = await desk.thread()
+        lead = await desk.ledger.admit(
+            desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+        )
+        await desk.ledger.beat(lead.claim, lease_s=0.05, partial="so far", partial_seq=2)
+
+        turn = await desk.threads.cancel_turn(thread.org_id, thread.id, lead.claim.turn_id)
+
+        assert (turn.state, turn.epoch) == (TurnState.CANCELLED, 2)
+        assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "so far")]
+
+
 @pytest.mark.parametrize("on_busy", [OnBusy.INTERRUPT, OnBusy.ROLLBACK])
 async def test_an_impatient_message_stops_the_running_turn(tmp_path, on_busy):
     """`interrupt` keeps what was said so far, `rollback` does not; either way the new message runs next."""

@@ -763,13 +763,35 @@ class Turns:
         Raises:
             NotFound: no such turn of this tenant and thread.
         """
-        turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        run = self._runs.get((org_id, turn_id))
-        if run is not None:
-            run.stop(TurnCancelled().failure())
-            await run.ended.wait()
+        while True:
+            # Before the row is read, not after: a run that ends between has stored its end by the time of the read,
+            # while a row read before may say `streaming` of a turn whose run has gone.
+            run = self._runs.get((org_id, turn_id))
             turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        return turn
+            if turn.state.final:
+                return turn
+            if run is not None:
+                run.stop(TurnCancelled().failure())
+                await run.ended.wait()
+            elif turn.lease_lapsed:
+                await self._end_lost(turn)
+            else:
+                # Admitted a moment ago, and its run enters now; or its owner is another process, which ends it.
+                await asyncio.sleep(self.rules.poll_s)
+
+    async def _end_lost(self, turn: StoredTurn) -> None:
+        """End a turn that nobody leads any more as cancelled, unless somebody takes it over first."""
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        if taken is not None:
+            await self.ledger.end(
+                taken,
+                TurnState.CANCELLED,
+                TurnCancelled().failure(),
+                partial=turn.partial,
+                partial_seq=turn.partial_seq,
+                call_id=turn.call_id,
+            )
 
     async def cancel_thread(self, org_id: str, thread_id: str) -> None:
         """Stop every turn of a thread that runs or waits in this process."""
