@@ -878,6 +878,30 @@ async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
         assert len(await desk.messages(thread)) == 2
 
 
+class LastMoment:
+    """The real ledger, whose lost owner shows its first text in the moment before it is fenced."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def take_over(self, claim: TurnClaim, **owner: Any) -> TurnClaim | None:
+        assert await self._ledger.mark_visible(claim)
+        return await self._ledger.take_over(claim, **owner)
+
+
+async def test_text_shown_in_the_last_moment_is_not_replaced(tmp_path):
+    """The row is looked at again under the new epoch: the turn is interrupted and nobody is called."""
+    async with open_desk(tmp_path / "ow.db", ledger=LastMoment, lease_s=0.2) as desk:
+        thread = await desk.thread()
+        await desk.ledger.admit(desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32)
+
+        assert (await desk.outcome(thread)).code == "leader_lost"
+        assert desk.provider.calls == []
+
+
 async def test_shutting_down_hands_a_turn_back(tmp_path):
     """Whoever waits is told to retry; the turn can be taken over at once."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:

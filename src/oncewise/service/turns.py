@@ -194,13 +194,15 @@ class TurnRun:
                 claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
                 taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
                 if taken is not None:
-                    return await self._take_over(turn, taken)
+                    return await self._take_over(taken)
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, 0.5)
             turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
         return self._replay(turn, Role.FOLLOWER)
 
-    async def _take_over(self, turn: StoredTurn, claim: TurnClaim) -> TurnResult:
+    async def _take_over(self, claim: TurnClaim) -> TurnResult:
+        # Read again: the lost owner may have shown something between our look at the row and its fencing.
+        turn = await self._row(claim)
         if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
