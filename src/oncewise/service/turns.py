@@ -203,7 +203,7 @@ class TurnRun:
     async def _take_over(self, claim: TurnClaim) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
         turn = await self._row(claim)
-        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+        if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
             await self._desk.ledger.end(
