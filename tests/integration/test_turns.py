@@ -690,6 +690,25 @@ async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
         assert len(await desk.messages(thread)) == 2
 
 
+async def test_turns_of_a_lost_process_keep_their_order(tmp_path):
+    """Whoever asks first again: the later turn waits for the earlier one, and its prompt holds it."""
+    async with open_desk(tmp_path / "ow.db", lease_s=0.2) as desk:
+        thread = await desk.thread()
+        for content in ("one", "two"):
+            await desk.ledger.admit(
+                desk.ask(thread, content), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+            )
+        await asyncio.sleep(0.06)
+
+        later = asyncio.create_task(desk.post(thread, "two"))
+        await asyncio.sleep(0.1)
+        await desk.post(thread, "one")
+        await later
+
+        assert [text for _, text in await desk.messages(thread)] == ["one", "pong", "two", "pong"]
+        assert [len(call.messages) for call in desk.provider.calls] == [1, 3]
+
+
 async def test_shutting_down_hands_a_turn_back(tmp_path):
     """Whoever waits is told to retry; the turn can be taken over at once."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:

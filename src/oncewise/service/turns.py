@@ -209,7 +209,8 @@ class TurnRun:
             )
             raise lost.error()
         self.ask = turn.ask
-        return await self._lead(claim, 0)
+        # It may have waited when its owner was lost, and the turns before it are still open.
+        return await self._lead(claim, await self._desk.ledger.position(claim))
 
     # -- leading -------------------------------------------------------------------------------------------------
 
