@@ -183,10 +183,10 @@ class TurnOut(_Answer):
 
 
 class Withdrawn(_Answer):
-    """A request that was cancelled."""
+    """A request that was cancelled, or had ended before it could be."""
 
     request_id: str
-    state: Literal["cancelled"]
+    state: Literal["cancelled", "ended"]
 
 
 class KeyItem(_Answer):

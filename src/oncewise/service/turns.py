@@ -58,6 +58,8 @@ __all__ = ["TurnRules", "TurnTicket", "Turns"]
 
 
 MAX_TURN_ATTEMPTS = 2
+ENDED_REQUESTS = 10_000
+"""Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -647,6 +649,7 @@ class Turns:
         self._runs: dict[tuple[str, str], TurnRun] = {}
         self._gates: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
         self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
+        self._ended: dict[tuple[str, str], bool] = {}
 
     def send(self, ask: TurnAsk, request_id: str) -> TurnTicket:
         """Join the turn a request belongs to, or start one. Never awaits.
@@ -713,18 +716,28 @@ class Turns:
             tickets.remove(ticket)
         if not tickets:
             self._tickets.pop(key, None)
+            self._ended.pop(key, None)
+            self._ended[key] = ticket.withdrawn
+            if len(self._ended) > ENDED_REQUESTS:
+                del self._ended[next(iter(self._ended))]
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw the request of that id, or all if the sender gave several the same.
+    def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw the request of that id, or all if the sender gave several the same; again changes nothing.
+
+        Returns whether it was withdrawn, now or before; False if it had ended by itself.
 
         Raises:
-            NotFound: no such request of this tenant is in progress.
+            NotFound: no such request of this tenant is in progress or ended a moment ago.
         """
-        tickets = self._tickets.get((org_id, request_id))
-        if not tickets:
+        key = (org_id, request_id)
+        tickets = self._tickets.get(key)
+        if tickets:
+            for ticket in list(tickets):
+                ticket.withdraw()
+            return True
+        if key not in self._ended:
             raise NotFound
-        for ticket in list(tickets):
-            ticket.withdraw()
+        return self._ended[key]
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; return it in its final state. A final turn stays as it is.
