@@ -80,6 +80,8 @@ class TurnRun:
     Attributes:
         admitted: Set, and announced, once the ledger has decided.
         log: The turn's log while this run leads it.
+        viewed: The run whose log shows the turn: this one, or the one that it follows.
+        place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
     """
 
@@ -89,6 +91,7 @@ class TurnRun:
         self.log: StreamLog | None = None
         self.viewed = self
         self.ended = asyncio.Event()
+        self.place = 0
         self.key: RequestKey | None = None
         self._desk = desk
         self._flight: Flight[TurnResult] | None = None
@@ -217,7 +220,7 @@ class TurnRun:
     # -- leading -------------------------------------------------------------------------------------------------
 
     async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
-        self._claim = claim
+        self._claim, self.place = claim, position
         self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
@@ -260,7 +263,7 @@ class TurnRun:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
             # Turns of this process wake us; those of another are seen by looking.
             await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = await self._desk.ledger.position(claim)
+            position = self.place = await self._desk.ledger.position(claim)
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -300,6 +303,16 @@ class TurnRun:
                 "meta",
                 {"ttft_ms": round((now_s - self._started_s) * 1000), "queue_wait_ms": round(self.queue_wait_ms)},
             )
+
+    def now(self) -> tuple[TurnState, int] | None:
+        """The state of the turn and how many come first, for who is told now; None unless it is led here.
+
+        What was announced at its admission may be long past.
+        """
+        log = self.viewed.log
+        if log is None:
+            return None
+        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.place)
 
     @property
     def queue_wait_ms(self) -> float:
@@ -696,6 +709,21 @@ class Turns:
     def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
+
+    async def state_of(self, turn: StoredTurn) -> tuple[TurnState, int]:
+        """The state of a turn and how many of its thread come first, newer than a row that was just read.
+
+        Raises:
+            NotFound: it was deleted with its thread.
+        """
+        run = self._runs.get((turn.org_id, turn.id))
+        now = None if run is None else run.now()
+        if now is not None:
+            return now
+        if turn.state is not TurnState.PENDING:
+            return turn.state, 0
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return turn.state, await self.ledger.position(claim)
 
     def meta_of(self, turn: StoredTurn) -> Mapping[str, Any]:
         """What a turn's stream says of who answers, e.g. that it is the demo."""
