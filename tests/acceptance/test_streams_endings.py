@@ -320,15 +320,16 @@ async def test_five_messages_wait_in_the_order_they_came(tmp_path, fake):
 
 
 async def test_a_message_may_be_refused_while_a_turn_runs(site, fake):
-    """`reject`: 409 before any byte of a stream; the turn is not disturbed. The same message joins all the same."""
+    """`reject`: 409 before any byte, with the turn to wait for. That is not disturbed; the same message joins it."""
     thread = await site.thread()
     async with watch_as(site, thread, "a", model="n20-gap20") as running:
         await running.until("delta")
-        refused = await site.stream(thread, "Other", on_busy="reject")
+        refused = [await site.stream(thread, "Other", on_busy="reject"), await site.say(thread, "M", on_busy="reject")]
         async with watch_as(site, thread, "b", model="n20-gap20", on_busy="reject") as joined:
             await asyncio.gather(running.rest(), joined.rest())
 
-    assert (refused.status, refused.code) == (409, "thread_busy")
+    assert [(reply.status, reply.code) for reply in refused] == [(409, "thread_busy")] * 2
+    assert {reply.json()["turn_id"] for reply in refused} == {running.turn_id}
     assert joined.turn_id == running.turn_id
     assert terminal(running.events).data["state"] == "completed"
     assert fake.count == 1

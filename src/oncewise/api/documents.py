@@ -44,6 +44,7 @@ class Problem(_Answer):
     retryable: bool
     request_id: str
     errors: list[Place] | None = None
+    turn_id: str | None = None
 
 
 class Usage(_Answer):
