@@ -226,6 +226,12 @@ class Breakers:
         self._breakers: OrderedDict[str, Breaker] = OrderedDict()
         self._held: OrderedDict[str, float] = OrderedDict()
 
+    def wait_s(self, model: str, now_s: float) -> float:
+        """Seconds until a call of a model may be let through, as far as that is known; 0.0: now."""
+        breaker = self._breakers.get(model)
+        held_s = self._held.get(model, now_s) - now_s
+        return max(held_s, 0.0 if breaker is None else breaker.wait_s(now_s))
+
     def begin(self, model: str, now_s: float) -> int:
         """Let a call of a model begin; return what `end` and `check` need. Everything that has begun must end.
 

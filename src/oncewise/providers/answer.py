@@ -80,7 +80,8 @@ class Verifier:
         if not self._finishes or (open_choices and not done):
             raise broken(f"{self._provider} ended its answer without a finish reason.")
         if not self._has_substance and {*self._finishes.values()} <= {None, "stop"}:
-            raise broken(f"{self._provider} sent an empty answer.")
+            # Some prompts lead to it; who sends them must not be able to have the model taken for broken.
+            raise broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
         if not open_choices:
             return None
         ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_choices]
@@ -170,7 +171,7 @@ class _Reader:
             return ProviderError(f"{self._provider} withheld the whole answer.", retryable=False)
         if reason is FinishReason.LENGTH:
             return broken(f"{self._provider} used up its token limit before the first text.", retryable=False)
-        return broken(f"{self._provider} sent an empty answer.")
+        return broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
 
     def _take_choice(self, choice: Mapping[str, Any]) -> str:
         if choice.get("index", 0) != 0:

@@ -125,6 +125,22 @@ async def test_what_is_no_verified_answer_is_an_error(body: str | bytes, code: s
 
 
 @pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (chunk("", "stop"), True),
+        (chunk(None, "stop", usage={"prompt_tokens": 1, "completion_tokens": 0}) + DONE, True),
+        ("", False),
+        (DONE, False),
+        (chunk("text") + DONE, False),
+        (event({"error": {"code": 500}}), False),
+    ],
+)
+async def test_only_a_whole_answer_without_text_may_be_its_prompts_doing(body: str, expected: bool) -> None:
+    """A tenant must not be able to have a model taken for broken; a broken model must be."""
+    assert (await failure(body)).self_inflicted is expected
+
+
+@pytest.mark.parametrize(
     "head",
     [
         {"headers": {"content-type": "text/html"}},
