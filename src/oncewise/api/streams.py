@@ -217,13 +217,14 @@ def _meta_of_request(ticket: TurnTicket, exchange: Exchange) -> dict[str, Any]:
         # Who asked for a turn of its own leads it.
         "role": (Role.LEADER if role is Role.BYPASS else role).value,
         "state": admitted.state.value,
-        "queue_position": admitted.position,
+        "queue_position": ticket.run.viewed.queue_position,
         "provider": admitted.provider,
         "model": admitted.model,
     }
 
 
 def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bool) -> dict[str, Any]:
+    run = exchange.services.turns.run_of(turn.org_id, turn.id)
     meta = {
         **exchange.services.turns.meta_of(turn),
         "request_id": exchange.request_id,
@@ -231,7 +232,7 @@ def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bo
         "thread_id": turn.thread_id,
         "role": (Role.FOLLOWER if live or not turn.state.final else Role.REPLAYED).value,
         "state": turn.state.value,
-        "queue_position": 0,
+        "queue_position": 0 if run is None else run.queue_position,
         "provider": turn.ask.provider,
         "model": turn.ask.model,
     }
