@@ -467,6 +467,18 @@ async def test_the_queue_of_a_thread_is_bounded_and_may_be_refused(held):
     assert len(held.provider.calls) == 1
 
 
+async def test_the_wait_behind_another_turn_counts_as_waiting(held):
+    """The caller is told of it, with how many turns came first."""
+    thread = await held.thread()
+    first, second, third = (asyncio.create_task(held.post(thread, f"m{number}")) for number in range(3))
+    await held.provider.started.wait()
+    await asyncio.sleep(0.2)
+    held.provider.go.set()
+    results = [await first, await second, await third]
+    assert [result.queued_behind for result in results] == [0, 1, 2]
+    assert results[0].queue_wait_ms < 150 < results[1].queue_wait_ms < results[2].queue_wait_ms
+
+
 async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(desk):
     """The call is shared inside the tenant; every thread stores its own pair, and the audit says so."""
     desk.provider.delay_s = 0.1

@@ -148,7 +148,7 @@ class CompletionRun(Attempts[Completion]):
     flight: Flight[Completion]
 
     def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
-        super().__init__(lane, org_id, desk.chance)
+        super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
@@ -164,7 +164,7 @@ class CompletionRun(Attempts[Completion]):
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+            OncewiseError: as `Attempts.run`.
         """
         try:
             return await self.run(flight)

@@ -111,6 +111,7 @@ class TurnRun:
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
+        self._queue_wait_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -281,6 +282,7 @@ class TurnRun:
         return ChatRequest(ask.provider, ask.model, messages, ask.params)
 
     def _call_started(self) -> None:
+        self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
         if self._flight is not None:
             self._flight.mark_running()
             self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
@@ -323,13 +325,25 @@ class TurnRun:
         log = self.viewed.log
         if log is None:
             return None
-        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.place)
+        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.queue_position)
 
     @property
     def queue_wait_ms(self) -> float:
-        """Milliseconds from the start of the flight to the start of its call."""
-        waited = self._call.queue_wait_s if self._call is not None else None
-        return (waited or 0.0) * 1000
+        """Milliseconds from the start of the flight to the start of its call; 0.0 until then."""
+        return self._queue_wait_s * 1000
+
+    @property
+    def queue_position(self) -> int:
+        """What comes first, as it looks now: turns of its thread, and then calls to its provider."""
+        if self._call is not None:
+            return self._call.queue_position
+        return self.place
+
+    @property
+    def queued_behind(self) -> int:
+        """How many of them there were when it was admitted to that queue."""
+        position = self.admitted.position if self.admitted is not None else 0
+        return position or (self._call.queued_behind if self._call is not None else 0)
 
     @property
     def requesters(self) -> int:
@@ -428,7 +442,8 @@ class TurnRun:
         return TurnResult(
             stored,
             upstream_calls=self.upstream_calls,
-            queue_wait_ms=call.queue_wait_s * 1000,
+            queue_wait_ms=self.queue_wait_ms,
+            queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
             cost_usd=completion.cost_usd,
         )
