@@ -211,6 +211,7 @@ class _Chunks:
         }
         self._choices: set[int] = set()
         self._held: list[Chunk] | None = []
+        self._told: Json = {}
         self._usage: Usage | None = None
         self._figures: Json | None = None
         self._cost_usd: float | None = None
@@ -253,16 +254,28 @@ class _Chunks:
     def _tidy(self, chunk: Chunk) -> Chunk | None:
         asked = max(self._request.choices, 1)
         choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
-        if not choices and not chunk.keys() - _PLAIN:
-            return None
-        for choice in choices:
-            index = choice.setdefault("index", 0)
-            if index not in self._choices:
-                self._choices.add(index)
-                choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
-            choice.setdefault("finish_reason", None)
+        extras = {name: chunk[name] for name in chunk.keys() - _PLAIN}
+        if not choices:
+            if all(name in self._told and self._told[name] == value for name, value in extras.items()):
+                return None
+            # Many clients look at the first choice of any chunk, unless they asked for figures.
+            choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        else:
+            for choice in choices:
+                index = choice.setdefault("index", 0)
+                choice["delta"] = self._delta(index, choice.get("delta") or {})
+                choice.setdefault("finish_reason", None)
+        self._told |= extras
         rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
         return {**rest, **self._head, "choices": choices}
+
+    def _delta(self, index: int, delta: Json) -> Json:
+        # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
+        role = delta.pop("role", None)
+        if index in self._choices:
+            return delta
+        self._choices.add(index)
+        return {"role": role or "assistant", **delta}
 
 
 def _says_something(choice: Json) -> bool:
@@ -569,12 +582,16 @@ class Completions:
             self.logs.drop(name)
 
     def drain(self) -> None:
-        """Take nothing new on."""
+        """Take nothing new on; end calls as soon as nobody waits for them, since nobody can come back to them."""
         self.closing = True
+        for run in list(self._runs.values()):
+            run.flight.abandon_after(0.0)
+            if run.flight.waiters == 0:
+                self.flights.cancel(run.flight, ShuttingDown().failure())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Let running calls go on for `drain_s` seconds, end the rest."""
-        self.closing = True
+        self.drain()
         await self.flights.aclose(drain_s)
 
 
