@@ -17,8 +17,9 @@ from oncewise.core.stream_hub import StreamHub
 from oncewise.errors import IdempotencyMismatch, ModelNotFound, ProviderError
 from oncewise.model import CompletionRequest, Role
 from oncewise.service.attempts import ProviderLane
-from oncewise.service.completions import TRANSPORT, CompletionAsk, Completions, Policy, Wish
+from oncewise.service.completions import TRANSPORT, CompletionAsk, Completions, Wish
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 
 BODY = {"model": "p/m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 SAMPLED = {**BODY, "temperature": 1}
@@ -81,7 +82,10 @@ async def told(*chunks: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in chunk.items() if name not in head} for chunk in read]
 
 
-def desk_of(provider: Any = None, policy: Policy = Policy.SAFE, abandon_after_s: float = 5.0) -> Completions:
+SAFE = Policies()
+
+
+def desk_of(provider: Any = None, policies: Policies = SAFE, abandon_after_s: float = 5.0) -> Completions:
     clock_s = asyncio.get_running_loop().time if provider else lambda: 0.0
     lane = ProviderLane(provider, Pacer(LocalLimiter(1e6, 1000, clock_s), concurrency=50), "m", RetryBudget())
     ids = iter(range(10_000))
@@ -90,7 +94,7 @@ def desk_of(provider: Any = None, policy: Policy = Policy.SAFE, abandon_after_s:
         ModelNames({"p": "m"}, default_provider="p", aliases={"short": "p/m"}),
         logs=StreamHub(retention_s=60.0),
         ids=lambda: f"call{next(ids)}",
-        policy=policy,
+        policies=policies,
         abandon_after_s=abandon_after_s,
         chance=lambda: 0.0,
         now_s=lambda: 7,
@@ -128,7 +132,7 @@ def key_of(body: dict[str, Any], org: str = "acme") -> Any:
 )
 def test_what_shares_by_which_policy(policy: str, fields: dict[str, Any], wish: str, reason: str | None) -> None:
     """Asking a model twice on purpose must give two answers."""
-    plan = desk_of(policy=Policy(policy)).plan(
+    plan = desk_of(policies=Policies(Policy(policy))).plan(
         "acme", ask({"model": "p/m", "messages": [{}], **fields}, wish=Wish(wish))
     )
     assert (plan.reason if plan.key else None) == reason
