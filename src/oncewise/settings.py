@@ -266,6 +266,9 @@ class Settings(BaseModel):
             raise ValueError("PostgreSQL cannot be used by this version; use sqlite:////absolute/path")
         if not value.startswith("sqlite:///") or value in {"sqlite:///", "sqlite:///:memory:"}:
             raise ValueError("must name a file, as sqlite:///relative/path or sqlite:////absolute/path")
+        if "?" in value:
+            # It would begin the options of the URL, of which there are none: another file would be opened.
+            raise ValueError("must not contain a question mark")
         return value
 
     @field_validator("providers")

@@ -161,6 +161,8 @@ def test_a_flag_is_named_as_the_user_typed_it() -> None:
     """The flag of a field may be shorter than its name."""
     with pytest.raises(BadSetting, match=r"^--database: must name a file"):
         load_settings({"database_url": "sqlite://"}, environ={})
+    with pytest.raises(BadSetting, match=r"^--database: must not contain a question mark"):
+        load_settings({"database_url": "sqlite:////data/a?b.db"}, environ={})
 
 
 def test_secrets_do_not_show_in_any_text_of_the_settings() -> None:

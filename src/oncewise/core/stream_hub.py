@@ -136,7 +136,8 @@ class StreamLog:
         self._bytes = 0
         self._held = True
         self._timer: asyncio.TimerHandle | None = None
-        self._sleepers: set[Viewer] = set()
+        # A dict for its order: viewers are served as they came, and equal schedules give equal histories.
+        self._sleepers: dict[Viewer, None] = {}
         self._joined: tuple[int, int, bytes] = (0, 0, b"")
 
     @property
@@ -239,8 +240,8 @@ class StreamLog:
         if not self._sleepers:
             return
         now_s = asyncio.get_running_loop().time()
-        sleepers, self._sleepers = self._sleepers, set()
-        self._sleepers.update([viewer for viewer in sleepers if viewer._deliver(now_s)])
+        sleepers, self._sleepers = self._sleepers, {}
+        self._sleepers.update([(viewer, None) for viewer in sleepers if viewer._deliver(now_s)])
 
     def _frame_end(self, start: int, stop: int) -> int:
         """How many deltas there are up to the end of a frame that begins after `start` of them."""
@@ -379,12 +380,12 @@ class Viewer:
             self._timer = loop.call_at(self._deadline_s, self._tick, loop)
         future: asyncio.Future[bool] = loop.create_future()
         self._future = future
-        self._log._sleepers.add(self)
+        self._log._sleepers[self] = None
         try:
             return await future
         finally:
             self._future = None
-            self._log._sleepers.discard(self)
+            self._log._sleepers.pop(self, None)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
