@@ -82,7 +82,7 @@ def _installed(names: Iterable[str]) -> list[str]:
 
 def _request(name: str, provider: Provider, *, kind: str, deltas: int) -> Callable[[bytes], bytes]:
     """What makes the bytes of a request of its tag."""
-    headers = {"authorization": "Bearer sk-bench"}
+    headers = {"authorization": f"Bearer {peers.KEY}"}
     if name == "portkey":
         headers |= {"x-portkey-provider": "openai", "x-portkey-custom-host": provider.base_url}
     body: dict[str, Any] = {

@@ -16,7 +16,10 @@ from pathlib import Path
 from bench.http.servers import SERVER_CORE, Process, Provider
 from platformdirs import user_cache_path
 
-__all__ = ["INSTALLERS", "litellm", "portkey"]
+__all__ = ["INSTALLERS", "KEY", "litellm", "portkey"]
+
+KEY = "sk-bench-0123456789abcdef0123456789abcdef"
+"""What the load sends as its key: one of these servers does not start without."""
 
 HOME = user_cache_path("oncewise-bench")
 LITELLM = "1.106.2"
@@ -78,7 +81,7 @@ def _run(command: list[str]) -> None:
 
 
 def litellm(provider: Provider) -> Process:
-    """LiteLLM's proxy with one worker: no database, no keys, one route."""
+    """LiteLLM's proxy with one worker: no database, one key, one route."""
     home = HOME / f"litellm-{LITELLM}"
     config = home / "config.yaml"
     config.write_text(_LITELLM_CONFIG.format(provider=provider.base_url))
@@ -87,6 +90,7 @@ def litellm(provider: Provider) -> Process:
         core=SERVER_CORE,
         ready="/health/liveliness",
         environment={
+            "LITELLM_MASTER_KEY": KEY,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
             "LITELLM_MODE": "PRODUCTION",
             "LITELLM_LOG": "ERROR",
