@@ -174,9 +174,9 @@ class CompletionRun(Attempts[Completion]):
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
         if self._document is None:
-            events = self.log.text.split("\n\n")[:-1]
-            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
-            self._document = orjson.dumps(assembled(chunks, completion.figures))
+            # JSON has no line ends of its own: all events are read as one list.
+            chunks = self.log.text.removeprefix("data: ").removesuffix("\n\n").replace("\n\ndata: ", ",")
+            self._document = orjson.dumps(assembled(orjson.loads(f"[{chunks}]"), completion.figures))
         return self._document
 
     @property
@@ -203,6 +203,7 @@ class _Chunks:
 
     def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
         self._request = request
+        self._asked = max(request.choices, 1)
         self._head: Json = {
             "id": f"chatcmpl-{call_id}",
             "object": "chat.completion.chunk",
@@ -244,15 +245,17 @@ class _Chunks:
                 self._head[name] = chunk[name]
 
     def _count(self, chunk: Chunk) -> None:
+        figures = usage_object(chunk)
+        if figures is None:
+            return
         usage, cost_usd = usage_of(chunk)
         if usage is not None:
-            self._usage, self._figures = usage, usage_object(chunk)
+            self._usage, self._figures = usage, figures
         if cost_usd is not None:
             self._cost_usd = cost_usd
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
-        asked = max(self._request.choices, 1)
-        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
         if not choices and not chunk.keys() - _PLAIN:
             return None
         for choice in choices:
@@ -261,8 +264,9 @@ class _Chunks:
                 self._choices.add(index)
                 choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
             choice.setdefault("finish_reason", None)
-        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
-        return {**rest, **self._head, "choices": choices}
+        tidy = {**chunk, **self._head, "choices": choices}
+        tidy.pop("usage", None)
+        return tidy
 
 
 def _says_something(choice: Json) -> bool:
