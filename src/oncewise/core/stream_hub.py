@@ -17,7 +17,7 @@ Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rig
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from oncewise.errors import Overloaded, ResponseTooLarge
 
@@ -27,8 +27,7 @@ FRAME_CHARS = 128 * 1024
 """Code points after which a frame of joined deltas ends and another begins."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
+class Position(NamedTuple):
     """A place in a stream. Written `<epoch>-<seq>`."""
 
     epoch: int

@@ -169,9 +169,9 @@ class CompletionRun(Attempts[Completion]):
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
         if self._document is None:
-            events = self.log.text.split("\n\n")[:-1]
-            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
-            self._document = orjson.dumps(assembled(chunks, completion.figures))
+            # JSON has no line ends of its own: all events are read as one list.
+            chunks = self.log.text.removeprefix("data: ").removesuffix("\n\n").replace("\n\ndata: ", ",")
+            self._document = orjson.dumps(assembled(orjson.loads(f"[{chunks}]"), completion.figures))
         return self._document
 
     @property
@@ -198,6 +198,7 @@ class _Chunks:
 
     def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
         self._request = request
+        self._asked = max(request.choices, 1)
         self._head: Json = {
             "id": f"chatcmpl-{call_id}",
             "object": "chat.completion.chunk",
@@ -240,15 +241,17 @@ class _Chunks:
                 self._head[name] = chunk[name]
 
     def _count(self, chunk: Chunk) -> None:
+        figures = usage_object(chunk)
+        if figures is None:
+            return
         usage, cost_usd = usage_of(chunk)
         if usage is not None:
-            self._usage, self._figures = usage, usage_object(chunk)
+            self._usage, self._figures = usage, figures
         if cost_usd is not None:
             self._cost_usd = cost_usd
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
-        asked = max(self._request.choices, 1)
-        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
         extras = {name: chunk[name] for name in chunk.keys() - _PLAIN}
         if not choices:
             if all(name in self._told and self._told[name] == value for name, value in extras.items()):
@@ -261,8 +264,9 @@ class _Chunks:
                 choice["delta"] = self._delta(index, choice.get("delta") or {})
                 choice.setdefault("finish_reason", None)
         self._told |= extras
-        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
-        return {**rest, **self._head, "choices": choices}
+        tidy = {**chunk, **self._head, "choices": choices}
+        tidy.pop("usage", None)
+        return tidy
 
     def _delta(self, index: int, delta: Json) -> Json:
         # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
