@@ -474,15 +474,19 @@ async def test_a_retry_at_the_moment_of_failure_meets_no_dead_flight() -> None:
 
 @virtual_time
 async def test_the_key_is_free_before_anyone_is_woken() -> None:
-    """A callback that runs with the landing, before any waiter, finds the key free and the outcome set."""
+    """At the very moment of the waking the key is free and the outcome set, whatever runs first then."""
     flights, work, seen = Coalescer(), Held(), []
     with flights.join("key", work) as waiter:
-        waiting = asyncio.create_task(waiter.result())
+
+        class Woken(asyncio.Future[None]):
+            def set_result(self, result: None) -> None:
+                seen.append((flights.follow("key"), waiter.flight.outcome))
+                super().set_result(result)
+
+        waiter.flight._futures[Woken()] = None
         await turns(2)
-        (future,) = waiter.flight._futures
-        future.add_done_callback(lambda _: seen.append((flights.follow("key"), waiter.flight.outcome)))
         work.end(1)
-        await waiting
+        await waiter.result()
     assert seen == [(None, Landed(1))]
 
 
@@ -629,6 +633,17 @@ async def test_running_work_is_cancelled_after_its_grace() -> None:
     assert work.cancelled == 0
     await asyncio.sleep(0.2)
     assert (work.cancelled, flights.stats()) == (1, IDLE)
+
+
+@virtual_time
+async def test_work_that_ends_within_its_grace_leaves_no_timer() -> None:
+    """A timer would hold the flight and its value until the grace is over."""
+    flights, work = Coalescer(abandon_after_s=60.0), Held()
+    with flights.join("key", work):
+        await turns(2)
+    work.end("pong")
+    await turns(2)
+    assert virtual_loop().timers() == []
 
 
 @virtual_time

@@ -181,6 +181,20 @@ async def test_a_pause_holds_every_start_back_and_its_end_is_no_burst() -> None:
 
 
 @virtual_time
+async def test_a_pause_may_become_longer_while_it_is_waited_for() -> None:
+    """Two calls run and both are refused: the second refusal counts from when it came."""
+    line = pacer(100.0)
+    calls = Calls(line)
+    line.pause(5.0)
+    (waiting,) = calls.begin("a")
+    await asyncio.sleep(2.0)
+    line.pause(10.0)
+    line.pause(1.0)
+    await waiting
+    assert calls.times == pytest.approx([12.0])
+
+
+@virtual_time
 async def test_tenants_take_turns() -> None:
     """One that queued a hundred does not keep the others waiting; within a tenant it is first come, first served."""
     calls = Calls(pacer(), lasts_s=0.0)
@@ -375,6 +389,24 @@ async def test_a_permit_given_to_the_last_caller_as_it_leaves_is_free_again() ->
 
 
 @virtual_time
+async def test_a_permit_that_nobody_is_left_to_take_does_not_stop_the_line() -> None:
+    """It was handed on to one who leaves as well, while the next start waited for a place."""
+    line = pacer(10_000.0, concurrency=1)
+    calls = Calls(line)
+    first, second, third = calls.begin("a", "b", "c")
+    while not line.stats().running:
+        await turns()
+    first.cancel()
+    await turns()
+    second.cancel()
+    third.cancel()
+    await asyncio.wait([first, second, third])
+    async with asyncio.timeout(1.0):
+        await calls.make("d")
+    assert (calls.order, line.stats()) == ("d", IDLE)
+
+
+@virtual_time
 async def test_a_start_that_nobody_wants_any_more_is_given_back() -> None:
     """All leave before the start comes: whoever asks then gets it without waiting a spacing more."""
     calls = Calls(pacer())
@@ -466,6 +498,7 @@ async def test_closing_tells_who_waits_and_leaves_who_runs() -> None:
     await turns(5)
     await calls.line.aclose()
     assert virtual_loop().time() == 0.0
+    assert asyncio.all_tasks() - {running, *waiting} == {asyncio.current_task()}
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(each) for each in results] == [ShuttingDown] * 2
     with pytest.raises(ShuttingDown):
