@@ -1,8 +1,10 @@
 """What is on the wire of a stream, and that every way to an answer gives the same text."""
 
 import asyncio
+import contextlib
 import json
 import re
+import sqlite3
 
 import pytest
 
@@ -31,6 +33,12 @@ def recorded(pieces):
     choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
     events = [json.dumps({**envelope, "choices": [choice]}, ensure_ascii=False) for choice in choices]
     return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
+
+
+def messages_in(file):
+    """What is in the database, read past the server."""
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        return database.execute("SELECT role, content FROM messages ORDER BY sequence").fetchall()
 
 
 def stream_of(thread):
@@ -90,14 +98,58 @@ async def test_the_same_odd_text_comes_every_way(fake, tmp_path):
             await from_row.rest()
         stored = await site.messages(thread)
         polled = (await site.ask("GET", f"/api/threads/{thread}/turns/{turn}")).json()
+        rows = messages_in(tmp_path / "ow.db")
 
     texts = [leader.text, follower.text, from_log.text, first.data["delta"] + rest.text, from_row.text]
     assert texts == [ODD_TEXT] * 5
     assert reply["assistant_message"]["content"] == polled["text"] == ODD_TEXT
-    assert stored == [("user", ODD_TEXT), ("assistant", ODD_TEXT)]
+    assert stored == rows == [("user", ODD_TEXT), ("assistant", ODD_TEXT)]
     assert {terminal(watch.events).id for watch in (leader, follower, from_log, rest, from_row)} == {leader.last_id}
     assert terminal(leader.events).data["chars"] == len(ODD_TEXT)
     assert fake.count == 1
+
+
+class HeldLedger:
+    """The real ledger, whose commits wait for `go`."""
+
+    def __init__(self, ledger):
+        self._ledger = ledger
+        self.go = asyncio.Event()
+        self.commits = 0
+
+    async def commit(self, claim, answer):
+        self.commits += 1
+        await self.go.wait()
+        return await self._ledger.commit(claim, answer)
+
+    def __getattr__(self, name):
+        return getattr(self._ledger, name)
+
+
+async def test_done_comes_after_the_commit(tmp_path):
+    """Nobody is told before, in a stream or as JSON; who has `done` finds the pair from another connection."""
+    async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
+        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger)
+        thread = await site.thread()
+        said = {"content": "Hello"}
+        async with (
+            watching(site, stream_of(thread), said) as first,
+            watching(site, stream_of(thread), said) as second,
+            watching(site, f"/api/threads/{thread}/stream") as viewer,
+        ):
+            asked = asyncio.create_task(site.say(thread))
+            await until(lambda: ledger.commits)
+            ends = [asyncio.create_task(watch.until("done")) for watch in (first, second, viewer)]
+            told, _ = await asyncio.wait([asked, *ends], timeout=0.3)
+            before = messages_in(tmp_path / "ow.db")
+            ledger.go.set()
+            for end in ends:
+                await end
+                assert messages_in(tmp_path / "ow.db") == [("user", "Hello"), ("assistant", "ab")]
+        reply = await asked
+
+    assert (told, before) == (set(), [])
+    assert first.text == second.text == viewer.text == reply.json()["assistant_message"]["content"] == "ab"
 
 
 async def test_a_late_viewer_gets_one_frame_of_what_it_missed_then_each_delta(tmp_path):
