@@ -30,10 +30,11 @@ from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.service.calls import Calls, ProviderLane, remember_s
-from oncewise.service.completions import Completions, Policy
+from oncewise.service.completions import Completions
 from oncewise.service.keys import Keys
 from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.settings import ProviderSettings, Settings
@@ -168,7 +169,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         names,
         logs=StreamHub(retention_s=settings.log_retention_s),
         ids=_new_id,
-        policy=Policy(settings.v1_coalesce),
+        policies=_policies(settings),
         listener=tell,
     )
     await ledger.sweep(dead_owners=await database.dead_owners())
@@ -194,6 +195,12 @@ def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Call
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
     return Calls(lanes, ledger=ledger, flights=flights, logs=StreamHub(retention_s=0.0), ids=_new_id)
+
+
+def _policies(settings: Settings) -> Policies:
+    tenants = {name: Policy(value) for name, value in settings.v1_coalesce_tenants.items()}
+    models = {name: Policy(value) for name, value in settings.v1_coalesce_models.items()}
+    return Policies(Policy(settings.v1_coalesce), tenants, models)
 
 
 def _new_id() -> str:

@@ -229,7 +229,7 @@ class TurnLedger(Protocol):
         Raises:
             NotFound: the thread does not exist for this tenant.
             IdempotencyMismatch, HeadMoved: see the rules.
-            ThreadBusy: `on_busy` is `reject` and another turn runs or waits.
+            ThreadBusy: `on_busy` is `reject` and another turn runs or waits; `turn_id` names the first of them.
             QueueFull: `queue_limit` turns already wait behind the running one.
         """
         ...

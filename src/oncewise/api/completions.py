@@ -187,6 +187,7 @@ class CompletionRoutes:
         document = {
             "object": "coalesce.explanation",
             "coalesces": plan.key is not None,
+            "policy": plan.policy.value,
             "reason": plan.reason,
             "key": key.digest,
             "provider": plan.request.provider,
