@@ -94,7 +94,7 @@ class ProviderSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="Calls that may start together after a pause, 1 to 1,000,000. Never more than RPS rounded down (at "
-        "least 1): a provider of 1 call/s would refuse the second of two at once.",
+        "least 1): a provider of 1 call/s would refuse the second of two at once. No second has more than RPS.",
     )
     concurrency: int = Field(default=3, ge=1, le=1_000_000, description="Calls that may run at a time, 1 to 1,000,000.")
 

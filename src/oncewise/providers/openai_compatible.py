@@ -9,6 +9,7 @@ from typing import Any
 
 from oncewise.model import ChatRequest, CompletionRequest
 from oncewise.ports import Chunk, ProviderEvent
+from oncewise.providers.alternation import alternating
 from oncewise.providers.answer import Verifier, as_text
 from oncewise.providers.call import Call, Timers, json_object
 from oncewise.providers.catalogue import Quirks
@@ -92,9 +93,12 @@ class OpenAICompatibleProvider:
 
     def _body(self, request: CompletionRequest) -> dict[str, Any]:
         quirks = self._quirks
-        return {
+        body = {
             **{quirks.renamed.get(name, name): value for name, value in request.body.items()},
             "model": request.model,
             "stream": True,
             **({"stream_options": {"include_usage": True}} if quirks.usage_option else {}),
         }
+        if quirks.alternates:
+            body["messages"] = alternating(body.get("messages"))
+        return body

@@ -105,6 +105,27 @@ def test_giving_back_never_earns_more_than_a_pause_would() -> None:
     assert [gcra.reserve(0.0) for _ in range(3)] == pytest.approx([0.0, 0.0, 0.515])
 
 
+@pytest.mark.parametrize(("rate", "burst"), [(1.0, 2), (2.0, 2), (10.0, 5), (20.0, 3), (40.0, 2), (100.0, 100)])
+async def test_the_second_of_a_burst_has_no_more_starts_than_any_other(rate: float, burst: int) -> None:
+    """20 calls/s are 20 in any second, also in the first one after a pause; and the rate is had all the same."""
+    now_s, most = 0.0, int(rate)
+    limiter = LocalLimiter(rate, burst, lambda: now_s)
+    starts = []
+    for now_s in (0.0, 100.0):
+        starts += [round(now_s + await limiter.reserve(), 9) for _ in range(most * 5)]
+    assert starts.count(0.0) == starts.count(100.0) == min(burst, most)
+    assert all(later - sooner > 1.0 for sooner, later in zip(starts, starts[most:], strict=False))
+    assert starts[most * 5 - 1] <= 5 * 1.03
+
+
+async def test_a_start_that_is_given_back_leaves_room_in_its_second() -> None:
+    """As if it had never been booked."""
+    limiter = LocalLimiter(2.0, 2, lambda: 0.0)
+    assert [await limiter.reserve() for _ in range(2)] == [0.0, 0.0]
+    await limiter.give_back()
+    assert [await limiter.reserve() for _ in range(2)] == pytest.approx([0.0, 1.03])
+
+
 # -- the queue ---------------------------------------------------------------------------------------------------
 
 
