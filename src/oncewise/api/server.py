@@ -25,13 +25,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
 from oncewise.api.presence import CONNECTION
+from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
 
-__all__ = ["GuardedProtocol", "Server", "listen", "run"]
-
-SEND_BUFFER = 64 * 1024
-BACKLOG = 8192
-
+__all__ = ["GuardedProtocol", "Server", "run"]
 
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. Lends itself to the application as `oncewise.api.presence.Connection`."""
@@ -320,27 +317,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to an address, one per address family it has.
-
-    Raises:
-        OSError: the address is unknown or in use.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        bound = socket.socket(family, kind, protocol)
-        sockets.append(bound)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit it.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind(address)
-        bound.setblocking(False)
-    return sockets
 
 
 def run(app: App, sockets: list[socket.socket], *, drain_s: float) -> None:
