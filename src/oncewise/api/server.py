@@ -30,6 +30,7 @@ from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, Re
 
 __all__ = ["GuardedProtocol", "Server", "run"]
 
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection. Lends itself to the application as `oncewise.api.presence.Connection`."""
 
@@ -273,6 +274,17 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         _spare_the_collector()
+
+    async def accept_on(self, bound: socket.socket) -> asyncio.Server:
+        """Accept on one more socket, until the returned server is closed or all are."""
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> GuardedProtocol:
+            return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
+        self.servers.append(server)
+        return server
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Take a signal. It is not raised again at the end: a drained server has done what it was asked."""

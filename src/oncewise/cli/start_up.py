@@ -86,7 +86,7 @@ def address_url(sockets: SocketGroup) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def banner(settings: Settings, url: str, *, has_keys: bool = False) -> str:
+def banner(settings: Settings, url: str, *, has_keys: bool = False, own_valkey: bool = False) -> str:
     """At most ten lines: what runs, where, on what, and a first request."""
     providers = "demo, for every name" if settings.demo else ", ".join([*settings.providers, "demo"])
     mode = "every request needs an API key" if has_keys else _OPEN_MODE
@@ -96,7 +96,7 @@ Oncewise {__version__} is ready.
   Figures    {url}/api/metrics/performance
   Health     {url}/health/readiness
   Store      {settings.database_url}
-  Workers    {settings.workers}
+  Workers    {settings.workers}{", with a Valkey server of their own" if own_valkey else ""}
   Providers  {providers} (default: {settings.default_provider})
   Mode       {"demo; " if settings.demo else ""}{mode}
   Try        {create_thread_command(url, "authorization: Bearer ow_..." if has_keys else "x-org-id: org_demo")}"""
