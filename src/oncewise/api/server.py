@@ -25,12 +25,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
 from oncewise.api.presence import CONNECTION
+from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
 
-__all__ = ["GuardedProtocol", "Server", "listen", "run"]
-
-SEND_BUFFER = 64 * 1024
-BACKLOG = 8192
+__all__ = ["GuardedProtocol", "Server", "run"]
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -288,6 +286,17 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         _spare_the_collector()
 
+    async def accept_on(self, bound: socket.socket) -> asyncio.Server:
+        """Accept on one more socket, until the returned server is closed or all are."""
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> GuardedProtocol:
+            return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
+        self.servers.append(server)
+        return server
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Take a signal. It is not raised again at the end: a drained server has done what it was asked."""
         self._signals += 1
@@ -331,27 +340,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to an address, one per address family it has.
-
-    Raises:
-        OSError: the address is unknown or in use.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        bound = socket.socket(family, kind, protocol)
-        sockets.append(bound)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit it.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind(address)
-        bound.setblocking(False)
-    return sockets
 
 
 def run(app: App, sockets: list[socket.socket], *, drain_s: float) -> None:

@@ -85,7 +85,7 @@ def main() -> None:
         sys.exit(130)
     except (CommandFailed, OncewiseError, OSError) as error:
         typer.echo(f"oncewise: {str(error) or type(error).__name__}", err=True)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> "Loaded":
@@ -137,7 +137,10 @@ def serve(
         "demo": demo,
     }
     loaded = _load_settings(flags, config)
-    from oncewise.cli.serve import run
+    if loaded.settings.workers > 1:
+        from oncewise.cli.workers import run
+    else:
+        from oncewise.cli.serve import run
 
     run(loaded, typer.echo, lambda text: typer.echo(f"warning: {text}", err=True))
 
