@@ -40,7 +40,6 @@ class _Line:
         self._name = name
         self._keep_s = keep_s
         self._sent = LogTail(log.epoch, 0)
-        self._sent_size = 0
         self._sent_at_s = float("-inf")
         self._asks = False
         self._resting = False
@@ -63,7 +62,7 @@ class _Line:
             not self._resting
             or log.closed
             or log.deltas - self._sent.seq >= BATCH_DELTAS
-            or log.size - self._sent_size >= BATCH_BYTES
+            or log.size_after(self._sent.seq) >= BATCH_BYTES
         ):
             self._news.set()
 
@@ -73,11 +72,9 @@ class _Line:
             await self._rest()
             entry = self._next()
             if entry is not None:
-                size = self.log.size
                 tail = await self._append(entry)
                 if tail is None or tail.epoch > self.log.epoch:
                     return
-                self._sent_size = size
                 self._sent = tail if tail.epoch == self.log.epoch else LogTail(self.log.epoch, 0)
             elif self.log.closed:
                 return

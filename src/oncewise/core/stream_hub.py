@@ -170,10 +170,9 @@ class StreamLog:
         """All deltas of this epoch, joined."""
         return "".join(self._texts)
 
-    @property
-    def size(self) -> int:
-        """Encoded bytes of this epoch's events."""
-        return self._bytes
+    def size_after(self, seq: int) -> int:
+        """Encoded bytes of the deltas after the first `seq`."""
+        return sum(len(frame) for frame in self._frames[seq:])
 
     def append(self, text: str) -> Position:
         """Publish a delta to every viewer, at once and without waiting for any.
