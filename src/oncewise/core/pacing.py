@@ -38,22 +38,30 @@ class Gcra:
     that needed a new connection arrives late, and its successor would come too early.
 
     `burst` counts for nothing above `rate`: a provider of 1 call/s would refuse the second of two at once.
+
+    Attributes:
+        spacing_s: Seconds between two starts.
+        slack_s: How much earlier than that a start may be, after a pause.
     """
 
     def __init__(self, rate: float, burst: int = 1) -> None:
-        self._spacing_s = 1.0 / rate + min(GUARD_SHARE / rate, GUARD_MAX_S)
-        self._slack_s = self._spacing_s * (max(1, min(burst, int(rate))) - 1)
+        self.spacing_s = 1.0 / rate + min(GUARD_SHARE / rate, GUARD_MAX_S)
+        self.slack_s = self.spacing_s * (max(1, min(burst, int(rate))) - 1)
         self._free_at_s = float("-inf")
 
     def reserve(self, now_s: float) -> float:
         """Book the next start; return when it is, in the time of `now_s` and never before it."""
         free_at_s = max(now_s, self._free_at_s)
-        self._free_at_s = free_at_s + self._spacing_s
-        return max(now_s, free_at_s - self._slack_s)
+        self._free_at_s = free_at_s + self.spacing_s
+        return max(now_s, free_at_s - self.slack_s)
 
     def give_back(self) -> None:
         """Undo the reservation made last."""
-        self._free_at_s -= self._spacing_s
+        self._free_at_s -= self.spacing_s
+
+    def pause(self, until_s: float) -> None:
+        """Book no start before that time, and none together at it."""
+        self._free_at_s = max(self._free_at_s, until_s + self.slack_s)
 
 
 class LocalLimiter:
