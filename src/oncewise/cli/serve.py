@@ -16,7 +16,7 @@ from oncewise.api.app import create_app
 from oncewise.api.server import Server, listen
 from oncewise.cli.failure import CommandFailed
 from oncewise.cli.keys import any_key
-from oncewise.settings import Loaded, Settings, is_loopback
+from oncewise.settings import Loaded, Settings, is_loopback, shown_url
 
 __all__ = ["CannotStart", "address_url", "banner", "run", "run_server", "take_port"]
 
@@ -41,7 +41,7 @@ def run(loaded: Loaded, echo: Callable[[str], None], warn: Callable[[str], None]
         CannotStart: an address that is refused, taken or unknown, or storage that does not open.
     """
     settings = loaded.settings
-    has_keys = any_key(settings.database_url)
+    has_keys = any_key(settings)
     if not has_keys and not is_loopback(settings.host):
         raise CannotStart(NO_KEY.format(host=settings.host, database=_database_flag(loaded)))
     for warning in loaded.warnings:
@@ -60,7 +60,7 @@ def run(loaded: Loaded, echo: Callable[[str], None], warn: Callable[[str], None]
 def _database_flag(loaded: Loaded) -> str:
     """The flag that points another command to the same database, if this one was pointed there by it."""
     flagged = loaded.origins.get(("database_url",)) == "--database"
-    return f" --database {loaded.settings.database_url}" if flagged else ""
+    return f" --database {shown_url(loaded.settings.database_url)}" if flagged else ""
 
 
 def take_port(host: str, port: int) -> list[socket.socket]:
@@ -166,7 +166,7 @@ Oncewise {__version__} is ready.
   API        {url}/api/threads/   (description: {url}/openapi.json)
   Figures    {url}/api/metrics/performance
   Health     {url}/health/readiness
-  Store      {settings.database_url}
+  Store      {shown_url(settings.database_url)}
   Workers    {settings.workers}
   Providers  {providers} (default: {settings.default_provider})
   Mode       {"demo; " if settings.demo else ""}{mode}
