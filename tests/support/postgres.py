@@ -149,6 +149,11 @@ class PostgresServer:
         finally:
             await connection.close()
 
+    async def disconnect(self, database: str) -> None:
+        """End every session in a database."""
+        others = f"FROM pg_stat_activity WHERE datname = '{database}' AND pid <> pg_backend_pid()"
+        await self.execute(f"SELECT pg_terminate_backend(pid, 5000) {others}")
+
     def name(self) -> str:
         """Of a database that was never there."""
         return f"test_{next(self._numbers)}"
@@ -185,7 +190,6 @@ def shared_server() -> PostgresServer:
 
 _TABLES = ("messages", "turns", "threads", "api_keys", "orgs", "attempts", "requests")
 _CLEAR = ";".join(f"DELETE FROM {table}" for table in _TABLES)
-_DISCONNECT = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}'"
 _free: list[str] = []
 
 
@@ -198,7 +202,7 @@ async def fresh_database() -> AsyncGenerator[str, None]:
     try:
         yield server.url(name)
     finally:
-        await server.execute(_DISCONNECT.format(name))
+        await server.disconnect(name)
         await server.execute(_CLEAR, name)
         _free.append(name)
 

@@ -327,9 +327,6 @@ class PostgresDatabase:
             # The others lead to the same silent place.
             self._useless_before_s = asyncio.get_running_loop().time()
         if not conn.invalidated:
-            # At once: to say goodbye, or to roll back, would wait for an answer again.
-            driver: Any = (await conn.get_raw_connection()).driver_connection
-            driver.terminate()
             await conn.invalidate(error)
 
     # -- transactions --------------------------------------------------------------------------------------------
@@ -487,11 +484,24 @@ def _require_usable(conn: sa.Connection) -> None:
     schema.require_current(conn)
 
 
+class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
+    """A connection that does not wait for an answer to its goodbye where none can be expected."""
+
+    __slots__ = ()
+
+    async def close(self, *, timeout: float | None = None) -> None:  # noqa: ASYNC109 - asyncpg's form
+        # SQLAlchemy names a time (two seconds) for connections in doubt, and none for the others.
+        if timeout is not None:
+            self.terminate()
+        await super().close()
+
+
 async def _connect(url: str, limits: PostgresLimits, *, pooled: bool = False, **settings: str) -> Any:
     return await asyncpg.connect(
         _plain(url),
         timeout=limits.connect_s,
         command_timeout=limits.command_s,
+        connection_class=_Connection,
         # A prepared statement belongs to a session, and a transaction pooler hands that to somebody else.
         statement_cache_size=0 if pooled else 100,
         server_settings={"application_name": "oncewise", **({} if pooled else limits.session()), **settings},
