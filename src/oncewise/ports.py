@@ -305,8 +305,18 @@ class TurnLedger(Protocol):
         """Let the lease lapse now, so that another owner may take over at once."""
         ...
 
-    async def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
-        """End turns whose lease has lapsed, or whose owner is named dead, as `interrupted` with their partial.
+    async def lapse(self, dead_owners: Sequence[str]) -> int:
+        """Let the leases of these owners' open turns lapse now, so that others may take them over at once.
+
+        Returns how many leases that were.
+        """
+        ...
+
+    async def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
+        """End turns that nobody works on as `interrupted` with their partial.
+
+        Those are turns whose lease lapsed at least `lapsed_s` seconds ago, time for a follower to take them over, and
+        turns whose owner is named dead.
 
         Their epoch grows, as on a takeover: a viewer may have been shown more than the partial.
 
