@@ -321,6 +321,10 @@ class SqliteDatabase:
         living = await asyncio.to_thread(self._lock.living)
         return tuple(sorted(set(owners) - living))
 
+    async def neighbours(self) -> int:
+        """How many other processes have the database open."""
+        return len(await asyncio.to_thread(self._lock.living) - {self.owner})
+
     async def hazards(self) -> tuple[str, ...]:
         """What an operator should know about this database; empty if all is well. For people, one sentence each."""
         first, last = _WAL_RESET_BUG
