@@ -32,4 +32,4 @@ def _make(conn: sa.Connection) -> str:
 async def deployment_secret(database: Database) -> bytes:
     """The secret of this database's deployment; the same for all, from the first start on. Errors as the database's."""
     known = await database.read(_read)
-    return bytes.fromhex(known or await database.write(_make))
+    return bytes.fromhex(await database.write(_make) if known is None else known)
