@@ -322,6 +322,10 @@ class SqliteDatabase:
         """See `Database.alone`."""
         return await asyncio.to_thread(self._lock.living) <= {self.owner}
 
+    async def neighbours(self) -> int:
+        """How many other processes have the database open."""
+        return len(await asyncio.to_thread(self._lock.living) - {self.owner})
+
     async def hazards(self) -> tuple[str, ...]:
         """See `Database.hazards`."""
         first, last = _WAL_RESET_BUG

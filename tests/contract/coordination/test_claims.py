@@ -50,6 +50,6 @@ async def test_a_claim_that_was_lost_is_free(fleet):
     """Which costs a second call, and its holder is told when it extends it."""
     worker = await fleet.worker()
     await worker.claims.claim("n", "one", lease_s=30.0)
-    fleet.flush()
+    await fleet.flush()
     assert not await worker.claims.extend("n", "one", lease_s=30.0)
     assert await worker.claims.claim("n", "two", lease_s=30.0) == "two"

@@ -8,6 +8,8 @@ import pytest
 from oncewise.core.pacing import Gcra
 from tests.support.watching import until
 
+ON_DATABASES_TOO = True
+
 
 async def booked(limiters, starts: int) -> list[float]:
     """When so many starts would be, booked in turn over the limiters; in seconds from the first booking."""

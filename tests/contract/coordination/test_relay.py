@@ -141,7 +141,7 @@ async def test_a_log_that_was_lost_is_seen_as_lost_and_told_again(fleet):
     await owner.relay.append("n", entry(1, 0, "a", "b"), keep_s=KEEP_S)
     await until(lambda: taken.texts == ["a", "b"])
 
-    fleet.flush()
+    await fleet.flush()
 
     assert await owner.relay.append("n", entry(1, 2, "c"), keep_s=KEEP_S) == (0, 0)
     assert await owner.relay.append("n", entry(1, 0, "a", "b", "c"), keep_s=KEEP_S) == (1, 3)
