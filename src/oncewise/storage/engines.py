@@ -11,12 +11,10 @@ from types import ModuleType
 from typing import Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 
 from oncewise.errors import StorageUnavailable
-from oncewise.storage import schema
 from oncewise.storage.database import Database
-from oncewise.storage.sqlite import open_sqlite
+from oncewise.storage.sqlite import open_sqlite, revision_of
 
 __all__ = ["DatabaseSettings", "is_there", "open_database", "revision", "upgrade"]
 
@@ -78,13 +76,7 @@ async def revision(settings: DatabaseSettings) -> str | None:
             settings.database_url, transaction_pooling=settings.database_transaction_pooling
         )
         return found
-    return await asyncio.to_thread(_revision_of_file, _file(settings))
-
-
-def _revision_of_file(path: Path) -> str | None:
-    engine = sa.create_engine(f"sqlite:///file:{path}?mode=ro&uri=true", poolclass=NullPool)
-    with engine.connect() as conn:
-        return schema.current(conn)
+    return await asyncio.to_thread(revision_of, str(_file(settings)))
 
 
 async def upgrade(settings: DatabaseSettings, *, owner: str) -> None:
