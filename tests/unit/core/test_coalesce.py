@@ -145,6 +145,26 @@ async def test_follow_joins_what_runs_and_starts_nothing() -> None:
 
 
 @virtual_time
+async def test_a_flight_is_followed_itself_and_not_its_successor() -> None:
+    """While it can be joined; a forgotten, cancelled or landed one cannot, whatever flies under its key."""
+    flights, work = Coalescer(), Held()
+    with flights.join("key", work) as waiter:
+        await turns(2)
+        with flights.follow_flight(waiter.flight) as follower:
+            assert (follower.role, waiter.flight.waiters) == (Role.FOLLOWER, 2)
+        flights.forget("key")
+        assert flights.follow_flight(waiter.flight) is None
+        with flights.join("key", work) as successor:
+            await turns(2)
+            assert flights.follow_flight(waiter.flight) is None
+            work.end("one", 0)
+            work.end("two", 1)
+            assert (await waiter.result(), await successor.result()) == ("one", "two")
+        assert flights.follow_flight(successor.flight) is None
+    assert flights.stats() == IDLE
+
+
+@virtual_time
 async def test_waiters_wake_in_the_order_they_came() -> None:
     """First come, first answered: no order of memory addresses."""
     flights, work, order = Coalescer(), Held(), list[int]()
