@@ -47,6 +47,10 @@ from oncewise.telemetry.prometheus import Prometheus
 __all__ = ["Lanes", "Services", "open_services"]
 
 
+LOG_BYTES = 256 * 2**20
+"""What the logs of one process may hold: half for viewers of turns, half for running calls and those of /v1."""
+
+
 class Lanes(dict[str, ProviderLane]):
     """The configured lanes by name. With a fallback, every other name is answered by that lane too."""
 
@@ -131,7 +135,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
     lanes = _lanes(settings, opening)
-    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
+    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     listeners: list[Listener] = [log_event]
 
     def tell(event: object) -> None:
@@ -160,7 +164,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     completions = Completions(
         lanes,
         names,
-        logs=StreamHub(retention_s=settings.log_retention_s),
+        logs=StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=settings.log_retention_s),
         ids=_new_id,
         policy=Policy(settings.v1_coalesce),
         listener=tell,
@@ -187,7 +191,8 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
 def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Calls:
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
-    return Calls(lanes, ledger=ledger, flights=flights, logs=StreamHub(retention_s=0.0), ids=_new_id)
+    logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
+    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
 
 
 def _new_id() -> str:

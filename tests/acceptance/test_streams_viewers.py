@@ -15,7 +15,7 @@ from tests.support.fake_provider import FakeProvider
 from tests.support.http import JSON, ORG, dechunk, read_events, serve
 from tests.support.scripted import ScriptedProvider
 from tests.support.server import serve_process
-from tests.support.watching import text_of, until, watching
+from tests.support.watching import terminal, text_of, until, watching
 
 MIB = 2**20
 
@@ -246,7 +246,9 @@ async def test_the_bounds_of_the_server_are_those_of_the_design(tmp_path):
         log.append("x" * (MIB - 60))
         with pytest.raises(ResponseTooLarge):
             log.append("x" * 200)
-        assert (hub.max_log_bytes, hub.max_total_bytes) == (4 * MIB, 256 * MIB)
+        hubs = [hub, turns.calls.logs, site.services.completions.logs]
+        assert [each.max_log_bytes for each in hubs] == [4 * MIB] * 3
+        assert sum(each.max_total_bytes for each in hubs) == 256 * MIB
 
         thread = await site.thread()
         held = [turns.send(threads.prepare("acme", thread, content=f"m{n}"), "r") for n in range(10_000)]
@@ -263,6 +265,47 @@ async def test_the_bounds_of_the_server_are_those_of_the_design(tmp_path):
                 leaving.enter_context(turns.send(ask, "r"))
             refused = await site.stream(thread)
     assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "overloaded", "1")
+
+
+async def test_all_streams_together_have_a_limit_of_memory(tmp_path):
+    """At the limit a turn fails with `overloaded`, and the others keep what they have; ended streams make room."""
+    async with serve(tmp_path) as site:
+        hub = site.services.hub
+        logs = [hub.open(("acme", str(number))) for number in range(hub.max_total_bytes // (4 * MIB))]
+        for log in logs:
+            for _ in range(4):
+                log.append("x" * (MIB - 60))
+        thread = await site.thread()
+        rest = hub.max_total_bytes - hub.stats().bytes
+        logs.append(hub.open(("acme", "rest")))
+        logs[-1].append("x" * (rest - 60))
+        with pytest.raises(Overloaded):
+            logs[-1].append("x" * 100)
+        refused = await site.say(thread)
+        logs[0].close("done", {})
+        answered = await site.say(thread)
+
+    assert (refused.status, refused.code) == (503, "overloaded")
+    assert answered.status == 200
+    assert [log.deltas for log in logs] == [4] * (len(logs) - 1) + [1]
+
+
+async def test_an_answer_that_grows_too_large_ends_there(tmp_path):
+    """What fits is shown and kept, as of any turn that fails; the server goes on."""
+    provider = ScriptedProvider(deltas=["x" * (MIB - 100)] * 5, gap_s=0.01)
+    async with serve(tmp_path, provider) as site:
+        thread = await site.thread()
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as watch:
+            await watch.rest()
+        stored = (await site.ask("GET", f"/api/threads/{thread}")).json()["messages"]
+        provider.deltas = ["pong"]
+        after = await site.say(thread, "Again")
+
+    ending = terminal(watch.events)
+    assert (ending.name, ending.data["state"], ending.data["code"]) == ("error", "failed", "response_too_large")
+    assert ending.data["partial_chars"] == len(watch.text) == 4 * (MIB - 100)
+    assert (stored[1]["status"], stored[1]["content"]) == ("partial", watch.text)
+    assert after.status == 200
 
 
 async def test_thirty_two_messages_wait_behind_the_one_that_runs(tmp_path):
