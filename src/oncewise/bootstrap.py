@@ -17,8 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from uuid_utils import uuid7
 
+from oncewise.core.breaker import Breakers, BreakerStats
 from oncewise.core.coalesce import Coalescer
-from oncewise.core.pacing import LocalLimiter, Pacer
+from oncewise.core.pacing import LocalLimiter, Pacer, PacerStats
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
 from oncewise.errors import OncewiseError, StorageUnavailable
@@ -29,10 +30,11 @@ from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.service.calls import Calls, ProviderLane, remember_s
-from oncewise.service.completions import Completions, Policy
+from oncewise.service.completions import Completions
 from oncewise.service.keys import Keys
 from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.settings import ProviderSettings, Settings
@@ -62,6 +64,11 @@ class Lanes(dict[str, ProviderLane]):
         if self._fallback is None:
             raise KeyError(name)
         return self._fallback
+
+    def stats(self) -> dict[str, tuple[PacerStats, BreakerStats]]:
+        """What each provider's pacer and breakers hold now."""
+        now_s = asyncio.get_running_loop().time()
+        return {name: (lane.pacer.stats(), lane.breakers.stats(now_s)) for name, lane in self.items()}
 
 
 @dataclass
@@ -134,16 +141,16 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     database = await open_sqlite(_sqlite_path(settings.database_url), owner=owner)
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
-    lanes = _lanes(settings, opening)
-    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     listeners: list[Listener] = [log_event]
 
     def tell(event: object) -> None:
         for listener in listeners:
             listener(event)
 
+    lanes = _lanes(settings, opening, tell)
+    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
     listeners.append(prometheus)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
@@ -166,7 +173,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         names,
         logs=StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=settings.log_retention_s),
         ids=_new_id,
-        policy=Policy(settings.v1_coalesce),
+        policies=_policies(settings),
         listener=tell,
     )
     await ledger.sweep(dead_owners=await database.dead_owners())
@@ -193,6 +200,12 @@ def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Call
     opening.push_async_callback(flights.aclose)
     logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
     return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
+
+
+def _policies(settings: Settings) -> Policies:
+    tenants = {name: Policy(value) for name, value in settings.v1_coalesce_tenants.items()}
+    models = {name: Policy(value) for name, value in settings.v1_coalesce_models.items()}
+    return Policies(Policy(settings.v1_coalesce), tenants, models)
 
 
 def _new_id() -> str:
@@ -231,9 +244,9 @@ async def _sweep(ledger: SqlTurnLedger, database: SqliteDatabase, every_s: float
 DEMO_META = MappingProxyType({"demo": True})
 
 
-def _lanes(settings: Settings, opening: AsyncExitStack) -> Lanes:
+def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes:
     demo = DemoProvider(latency_ms=settings.demo_latency_ms, rps=settings.demo_rps)
-    demo_lane = _lane(demo, settings.demo_rps, opening, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
+    demo_lane = _lane(demo, settings.demo_rps, opening, tell, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
     if settings.demo:
         return Lanes({"demo": demo_lane}, fallback=demo_lane)
     lanes = {"demo": demo_lane}
@@ -242,6 +255,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack) -> Lanes:
             _connect(configured),
             configured.rps,
             opening,
+            tell,
             burst=configured.burst,
             concurrency=configured.concurrency,
             model=configured.default_model,
@@ -276,6 +290,7 @@ def _lane(
     provider: Provider,
     rps: float,
     opening: AsyncExitStack,
+    tell: Listener,
     *,
     burst: int,
     concurrency: int,
@@ -286,4 +301,4 @@ def _lane(
     pacer = Pacer(limiter, concurrency=concurrency)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
-    return ProviderLane(provider, pacer, model, RetryBudget(), meta)
+    return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

@@ -39,6 +39,7 @@ __all__ = [
     "ProviderProtocolError",
     "ProviderRateLimited",
     "ProviderTimeout",
+    "ProviderUnavailable",
     "QueueFull",
     "QueueTimeout",
     "RateLimited",
@@ -68,11 +69,14 @@ class OncewiseError(Exception):
         retry_after_s: Seconds to wait before a retry; None if nobody knows.
         detail: One sentence for people. Never contains message text, secrets or an input value.
         turn_id: The turn that it is about, where that is not the caller's own.
+        self_inflicted: Whether the request itself may have brought it about, so that it says nothing of the provider.
+            Known where the error arises; a `Failure` does not carry it.
     """
 
     code: ClassVar[str] = "internal"
     retryable: bool = False
     turn_id: str | None = None
+    self_inflicted: bool = False
     _by_code: ClassVar[dict[str, type["OncewiseError"]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -392,6 +396,13 @@ class ProviderRateLimited(OncewiseError):
     """The provider refused the call because its rate limit was reached."""
 
     code = "provider_rate_limited"
+    retryable = True
+
+
+class ProviderUnavailable(OncewiseError):
+    """The provider takes no calls for now."""
+
+    code = "provider_unavailable"
     retryable = True
 
 

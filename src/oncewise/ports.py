@@ -112,6 +112,7 @@ class Provider(Protocol):
         Raises:
             ProviderError: refused, or failed; `retryable` tells which. Nothing further is sent.
             ProviderRateLimited: refused for its rate limit, with `retry_after_s` if the provider said so.
+            ProviderUnavailable: failed, and said when to come again: `retry_after_s`.
             ProviderProtocolError: the answer was broken, empty or incomplete.
             ProviderTimeout: no connection, first token or next token in time.
         """

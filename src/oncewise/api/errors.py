@@ -47,6 +47,7 @@ STATUS: dict[str, int] = {
     "leader_lost": 502,
     "response_too_large": 502,
     "overloaded": 503,
+    "provider_unavailable": 503,
     "shutting_down": 503,
     "storage_unavailable": 503,
     "not_persisted": 503,

@@ -7,23 +7,24 @@ import asyncio
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy.pool import NullPool
 from uuid_utils import uuid7
 
 from oncewise.storage import schema
-from oncewise.storage.sqlite import open_sqlite
+from oncewise.storage.sqlite import open_sqlite, revision_of
 
 __all__ = ["current", "upgrade"]
 
 
 def current(database_url: str) -> str:
-    """One line: the revision of the database and that of this version. Changes nothing, makes no file."""
+    """One line: the revision of the database and that of this version. Changes nothing, makes no file.
+
+    Raises:
+        StorageUnavailable: see `revision_of`.
+    """
     path = _path(database_url)
     if not path.exists():
         return f"no database yet; this version's schema is {schema.HEAD}"
-    engine = sa.create_engine(f"sqlite:///file:{path}?mode=ro&uri=true", poolclass=NullPool)
-    with engine.connect() as conn:
-        return f"{schema.current(conn) or 'empty'}; this version's schema is {schema.HEAD}"
+    return f"{revision_of(str(path)) or 'empty'}; this version's schema is {schema.HEAD}"
 
 
 def upgrade(database_url: str) -> str:

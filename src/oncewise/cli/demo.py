@@ -126,7 +126,7 @@ class _Demonstration:
                 burst = Burst(threads, message(round_.prompt), round_.requests, round_.connections)
                 results.append(await burst_with_progress(self._server, burst, progress, round_.name))
         self._console.print(self._table(results))
-        self._say("")
+        self._say(f"{self._beside_the_provider(results)}\n")
         self._judge(results)
 
     def invite(self) -> None:
@@ -158,6 +158,13 @@ class _Demonstration:
                 milliseconds(result.latency_s(0.95)),
             )
         return table
+
+    def _beside_the_provider(self, results: list[BurstResult]) -> str:
+        """What the slowest round took beside one request alone."""
+        call_s = self._settings.demo_latency_ms / 1000
+        slowest_s = max(result.latency_s(0.95) or 0.0 for result in results)
+        times = f"{slowest_s / call_s:.2f} times" if call_s else "more than"
+        return f"p95 is at most {times} the {milliseconds(call_s)} that the provider takes for one request alone."
 
     def _judge(self, results: list[BurstResult]) -> None:
         kept = True

@@ -31,6 +31,10 @@ _GROUPS = {
 }
 
 
+_ORG = r"[A-Za-z0-9_.-]{1,64}"
+_ORG_FORM = "must be 1 to 64 of A-Z, a-z, 0-9, _, . and -"
+
+
 class _Grouped(TyperGroup):
     """Lists commands by what they are for."""
 
@@ -201,8 +205,8 @@ def keys_create(
     """Make an API key; the last line is its secret. From the first one on, every request needs a key."""
     if (org is not None) + admin + metrics != 1:
         raise typer.BadParameter("choose one of --org ORG, --admin and --metrics")
-    if org is not None and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", org) is None:
-        raise typer.BadParameter("must be 1 to 64 of A-Z, a-z, 0-9, _, . and -", param_hint="--org")
+    if org is not None and re.fullmatch(_ORG, org) is None:
+        raise typer.BadParameter(_ORG_FORM, param_hint="--org")
     from oncewise.cli.keys import create
     from oncewise.model import KeyRole
 
@@ -318,6 +322,10 @@ def threads_import(
 def _server(url: str | None, org: str, key: str | None) -> "Server":
     from oncewise.cli.client import Server
 
+    if key and re.fullmatch(r"[\x21-\x7e]+", key) is None:
+        raise typer.BadParameter("must be visible ASCII characters without spaces", param_hint="--key")
+    if re.fullmatch(_ORG, org) is None:
+        raise typer.BadParameter(_ORG_FORM, param_hint="--org")
     headers = {"authorization": f"Bearer {key}"} if key else {"x-org-id": org}
     try:
         return Server.at(url or f"http://127.0.0.1:{_load_settings().settings.port}", headers)

@@ -17,7 +17,7 @@ Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rig
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from oncewise.errors import Overloaded, ResponseTooLarge
 
@@ -27,8 +27,7 @@ FRAME_CHARS = 128 * 1024
 """Code points after which a frame of joined deltas ends and another begins."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
+class Position(NamedTuple):
     """A place in a stream. Written `<epoch>-<seq>`."""
 
     epoch: int
@@ -139,7 +138,8 @@ class StreamLog:
         self._timer: asyncio.TimerHandle | None = None
         # Viewers that wait, and so have all there is: those with a sink are fed, the others woken.
         self._fed: dict[Viewer, Callable[[bytes], bool]] = {}
-        self._sleepers: set[Viewer] = set()
+        # A dict for its order: viewers are served as they came, and equal schedules give equal histories.
+        self._sleepers: dict[Viewer, None] = {}
         self._told_s = 0.0
         self._joined: tuple[int, int, bytes] = (0, 0, b"")
 
@@ -396,7 +396,7 @@ class Viewer:
         future: asyncio.Future[bool] = loop.create_future()
         self._future = future
         if self._sink is None:
-            self._log._sleepers.add(self)
+            self._log._sleepers[self] = None
         else:
             self._log._fed[self] = self._sink.push
         try:
@@ -423,7 +423,7 @@ class Viewer:
 
     def _stop_waiting(self) -> None:
         log = self._log
-        log._sleepers.discard(self)
+        log._sleepers.pop(self, None)
         if log._fed.pop(self, None) is not None:
             # Only now: while it was fed it had what the log has.
             self._seq, self._note = len(log._texts), len(log._notes)

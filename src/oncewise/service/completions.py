@@ -12,7 +12,7 @@ No row is written per attempt: nothing is taken over, so nobody would read it. T
 counts its attempts, and is written with hundreds of others: at thousands of calls a second each row of its own would
 cost a flush to disk.
 
-Deliberately absent: HTTP, and how chunks look on the wire.
+Deliberately absent: HTTP, how chunks look on the wire, and which policy is whose (`oncewise.service.sharing`).
 """
 
 import asyncio
@@ -44,8 +44,9 @@ from oncewise.model import CompletionRequest, RequestRecord, Role, Usage
 from oncewise.ports import Chunk, Listener
 from oncewise.service.attempts import Attempts, ProviderLane, remember_s
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 
-__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Policy", "Wish"]
+__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Wish"]
 
 KIND = "v1/chat/completions"
 
@@ -64,14 +65,6 @@ _HEAD = ("id", "object", "created", "model")
 _PLAIN = frozenset({*_HEAD, "choices", "usage", "system_fingerprint", "service_tier"})
 
 Json = dict[str, Any]
-
-
-class Policy(StrEnum):
-    """Which identical requests share a running call."""
-
-    ALWAYS = "always"
-    SAFE = "safe"
-    OFF = "off"
 
 
 class Wish(StrEnum):
@@ -108,6 +101,7 @@ class Plan:
     Attributes:
         body_key: Names the request; equal for whatever would get the same answer.
         key: Names what it shares; None if it shares nothing.
+        policy: What the operator chose for it.
         reason: Why: `always`, `temperature`, `seed`, `idempotency_key`, `asked`; or why not: `asked_not_to`,
             `switched_off`, `several_choices`, `sampling`.
     """
@@ -115,6 +109,7 @@ class Plan:
     request: CompletionRequest
     body_key: RequestKey
     key: RequestKey | None
+    policy: Policy
     reason: str
 
 
@@ -148,7 +143,7 @@ class CompletionRun(Attempts[Completion]):
     flight: Flight[Completion]
 
     def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
-        super().__init__(lane, org_id, desk.chance)
+        super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
@@ -164,7 +159,7 @@ class CompletionRun(Attempts[Completion]):
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+            OncewiseError: as `Attempts.run`.
         """
         try:
             return await self.run(flight)
@@ -174,9 +169,9 @@ class CompletionRun(Attempts[Completion]):
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
         if self._document is None:
-            events = self.log.text.split("\n\n")[:-1]
-            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
-            self._document = orjson.dumps(assembled(chunks, completion.figures))
+            # JSON has no line ends of its own: all events are read as one list.
+            chunks = self.log.text.removeprefix("data: ").removesuffix("\n\n").replace("\n\ndata: ", ",")
+            self._document = orjson.dumps(assembled(orjson.loads(f"[{chunks}]"), completion.figures))
         return self._document
 
     @property
@@ -203,6 +198,7 @@ class _Chunks:
 
     def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
         self._request = request
+        self._asked = max(request.choices, 1)
         self._head: Json = {
             "id": f"chatcmpl-{call_id}",
             "object": "chat.completion.chunk",
@@ -211,6 +207,7 @@ class _Chunks:
         }
         self._choices: set[int] = set()
         self._held: list[Chunk] | None = []
+        self._told: Json = {}
         self._usage: Usage | None = None
         self._figures: Json | None = None
         self._cost_usd: float | None = None
@@ -244,25 +241,40 @@ class _Chunks:
                 self._head[name] = chunk[name]
 
     def _count(self, chunk: Chunk) -> None:
+        figures = usage_object(chunk)
+        if figures is None:
+            return
         usage, cost_usd = usage_of(chunk)
         if usage is not None:
-            self._usage, self._figures = usage, usage_object(chunk)
+            self._usage, self._figures = usage, figures
         if cost_usd is not None:
             self._cost_usd = cost_usd
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
-        asked = max(self._request.choices, 1)
-        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
-        if not choices and not chunk.keys() - _PLAIN:
-            return None
-        for choice in choices:
-            index = choice.setdefault("index", 0)
-            if index not in self._choices:
-                self._choices.add(index)
-                choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
-            choice.setdefault("finish_reason", None)
-        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
-        return {**rest, **self._head, "choices": choices}
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
+        extras = {name: chunk[name] for name in chunk.keys() - _PLAIN}
+        if not choices:
+            if all(name in self._told and self._told[name] == value for name, value in extras.items()):
+                return None
+            # Many clients look at the first choice of any chunk, unless they asked for figures.
+            choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        else:
+            for choice in choices:
+                index = choice.setdefault("index", 0)
+                choice["delta"] = self._delta(index, choice.get("delta") or {})
+                choice.setdefault("finish_reason", None)
+        self._told |= extras
+        tidy = {**chunk, **self._head, "choices": choices}
+        tidy.pop("usage", None)
+        return tidy
+
+    def _delta(self, index: int, delta: Json) -> Json:
+        # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
+        role = delta.pop("role", None)
+        if index in self._choices:
+            return delta
+        self._choices.add(index)
+        return {"role": role or "assistant", **delta}
 
 
 def _says_something(choice: Json) -> bool:
@@ -375,7 +387,7 @@ class Completions:
         *,
         logs: StreamHub,
         ids: Callable[[], str],
-        policy: Policy = Policy.SAFE,
+        policies: Policies = Policies(),  # noqa: B008  frozen
         abandon_after_s: float = 5.0,
         listener: Listener = lambda _event: None,
         chance: Callable[[], float] = random.random,
@@ -391,7 +403,7 @@ class Completions:
             deadline_s=None, abandon_after_s=abandon_after_s, remember=remember_s, listener=self._landed
         )
         self._lanes = lanes
-        self._policy = policy
+        self._policies = policies
         self._listener = listener
         self._runs: dict[tuple[str, str], CompletionRun] = {}
         self._by_flight: dict[object, list[CompletionRun]] = {}
@@ -413,36 +425,16 @@ class Completions:
         )
         body = {name: value for name, value in request.body.items() if name not in TRANSPORT}
         body_key = request_key(org_id, KIND, provider, model, body)
-        shares, reason = self._shares(ask)
+        policy = self._policies.of(org_id, provider, model)
+        shares, reason = _shares(policy, ask)
         if shares and reason == "idempotency_key":
             keyed = request_key(org_id, f"{KIND}#keyed", ask.idempotency_key, provider, model, body)
-            return Plan(request, body_key, keyed, reason)
-        return Plan(request, body_key, body_key if shares else None, reason)
+            return Plan(request, body_key, keyed, policy, reason)
+        return Plan(request, body_key, body_key if shares else None, policy, reason)
 
     def ignored(self, body: Mapping[str, Any]) -> dict[str, str]:
         """The fields of a body that do not keep it apart from others, and why."""
         return {name: reason for name, reason in TRANSPORT.items() if name in body}
-
-    def _shares(self, ask: CompletionAsk) -> tuple[bool, str]:
-        if self._policy is Policy.OFF:
-            return False, "switched_off"
-        if ask.wish is not Wish.NONE:
-            return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
-        n = ask.body.get("n")
-        several = n is not None and n > 1
-        reason = None if several else self._reason(ask.body)
-        if reason is None and ask.idempotency_key is not None:
-            reason = "idempotency_key"
-        return reason is not None, reason or ("several_choices" if several else "sampling")
-
-    def _reason(self, body: Mapping[str, Any]) -> str | None:
-        """Why a body shares by itself."""
-        temperature = body.get("temperature")
-        if self._policy is Policy.ALWAYS:
-            return "always"
-        if type(temperature) in (int, float) and temperature == 0:
-            return "temperature"
-        return "seed" if body.get("seed") is not None else None
 
     def send(self, org_id: str, ask: CompletionAsk) -> CompletionTicket:
         """Join the call that answers a request, or start it. Never awaits.
@@ -569,13 +561,40 @@ class Completions:
             self.logs.drop(name)
 
     def drain(self) -> None:
-        """Take nothing new on."""
+        """Take nothing new on; end calls as soon as nobody waits for them, since nobody can come back to them."""
         self.closing = True
+        for run in list(self._runs.values()):
+            run.flight.abandon_after(0.0)
+            if run.flight.waiters == 0:
+                self.flights.cancel(run.flight, ShuttingDown().failure())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Let running calls go on for `drain_s` seconds, end the rest."""
-        self.closing = True
+        self.drain()
         await self.flights.aclose(drain_s)
+
+
+def _shares(policy: Policy, ask: CompletionAsk) -> tuple[bool, str]:
+    if policy is Policy.OFF:
+        return False, "switched_off"
+    if ask.wish is not Wish.NONE:
+        return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
+    n = ask.body.get("n")
+    several = n is not None and n > 1
+    reason = None if several else _reason(policy, ask.body)
+    if reason is None and ask.idempotency_key is not None:
+        reason = "idempotency_key"
+    return reason is not None, reason or ("several_choices" if several else "sampling")
+
+
+def _reason(policy: Policy, body: Mapping[str, Any]) -> str | None:
+    """Why a body shares by itself."""
+    temperature = body.get("temperature")
+    if policy is Policy.ALWAYS:
+        return "always"
+    if type(temperature) in (int, float) and temperature == 0:
+        return "temperature"
+    return "seed" if body.get("seed") is not None else None
 
 
 def _remove(table: dict[Any, list[CompletionRun]], key: object, run: CompletionRun) -> None:

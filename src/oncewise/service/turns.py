@@ -14,10 +14,10 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from oncewise.core.coalesce import Coalescer, Flight, Waiter
 from oncewise.core.keys import RequestKey, request_key
@@ -61,6 +61,10 @@ MAX_TURN_ATTEMPTS = 2
 ENDED_REQUESTS = 10_000
 """Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
 
+_OF_STORAGE = frozenset({NotPersisted.code, StorageUnavailable.code, StorageFull.code})
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class TurnRules:
@@ -102,10 +106,12 @@ class TurnRun:
         self._stop: Failure | None = None
         self._keep_partial = True
         self._fenced = False
+        self._ending = False
         self._watched = False
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
+        self._queue_wait_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -194,14 +200,16 @@ class TurnRun:
                 claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
                 taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
                 if taken is not None:
-                    return await self._take_over(turn, taken)
+                    return await self._take_over(taken)
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, 0.5)
             turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
         return self._replay(turn, Role.FOLLOWER)
 
-    async def _take_over(self, turn: StoredTurn, claim: TurnClaim) -> TurnResult:
-        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+    async def _take_over(self, claim: TurnClaim) -> TurnResult:
+        # Read again: the lost owner may have shown something between our look at the row and its fencing.
+        turn = await self._row(claim)
+        if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
             await self._desk.ledger.end(
@@ -237,6 +245,9 @@ class TurnRun:
             raise
         finally:
             beat.cancel()
+            if self.log is not None:
+                # Whatever went wrong on the way: viewers of a log that nobody writes any more would wait for ever.
+                self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
 
@@ -271,6 +282,7 @@ class TurnRun:
         return ChatRequest(ask.provider, ask.model, messages, ask.params)
 
     def _call_started(self) -> None:
+        self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
         if self._flight is not None:
             self._flight.mark_running()
             self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
@@ -292,6 +304,7 @@ class TurnRun:
             return
         if self._watched and not self._visible:
             await self._show()
+            await asyncio.sleep(0)  # where a fenced run ends
         if self.log.deltas == 0:
             self._tell_first_token()
         self.log.append(text)
@@ -312,13 +325,25 @@ class TurnRun:
         log = self.viewed.log
         if log is None:
             return None
-        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.place)
+        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.queue_position)
 
     @property
     def queue_wait_ms(self) -> float:
-        """Milliseconds from the start of the flight to the start of its call."""
-        waited = self._call.queue_wait_s if self._call is not None else None
-        return (waited or 0.0) * 1000
+        """Milliseconds from the start of the flight to the start of its call; 0.0 until then."""
+        return self._queue_wait_s * 1000
+
+    @property
+    def queue_position(self) -> int:
+        """What comes first, as it looks now: turns of its thread, and then calls to its provider."""
+        if self._call is not None:
+            return self._call.queue_position
+        return self.place
+
+    @property
+    def queued_behind(self) -> int:
+        """How many of them there were when it was admitted to that queue."""
+        position = self.admitted.position if self.admitted is not None else 0
+        return position or (self._call.queued_behind if self._call is not None else 0)
 
     @property
     def requesters(self) -> int:
@@ -335,18 +360,19 @@ class TurnRun:
         self._watched = True
         if self.log is not None and self.log.deltas and not self._visible and not self.ended.is_set():
             await self._show()
+            if not self._visible:
+                # Fenced: what this run has was never shown to anybody. Its log ends with what the row says.
+                await self.ended.wait()
         return self.log
 
     async def _show(self) -> None:
         async with self._showing:
-            if self._visible or self._claim is None:
+            claim = self._claim
+            if self._visible or claim is None:
                 return
-            if not await self._desk.ledger.mark_visible(self._claim):
-                if self.ended.is_set():
-                    return
+            self._visible = await self._patiently(lambda: self._desk.ledger.mark_visible(claim))
+            if not self._visible and not self.ended.is_set():
                 self._fence()
-                await asyncio.sleep(0)
-            self._visible = True
 
     # -- the lease -----------------------------------------------------------------------------------------------
 
@@ -369,8 +395,9 @@ class TurnRun:
                 return
 
     def _fence(self) -> None:
-        self._fenced = True
-        if self._task is not None:
+        # Once, and not while the end is being written: a cancel there would leave it untold.
+        if self._task is not None and not (self._fenced or self._ending):
+            self._fenced = True
             self._task.cancel()
 
     # -- endings -------------------------------------------------------------------------------------------------
@@ -406,25 +433,33 @@ class TurnRun:
             cost_usd=completion.cost_usd,
             meta=self._desk.calls.lane(self.ask.provider).meta,
         )
-        stored = await self._store(claim, answer)
+        # From here on the epoch alone decides: a lease that cannot be kept is no reason to give a whole answer up.
+        self._ending = True
+        stored = await self._patiently(lambda: self._desk.ledger.commit(claim, answer))
         if stored is None:
             return await self._settle(claim)
         self._close("done", done_event(stored))
         return TurnResult(
             stored,
             upstream_calls=self.upstream_calls,
-            queue_wait_ms=call.queue_wait_s * 1000,
+            queue_wait_ms=self.queue_wait_ms,
+            queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
             cost_usd=completion.cost_usd,
         )
 
-    async def _store(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
+    async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Tell the ledger what it must know before anybody else; a database that is away may come back.
+
+        Raises:
+            NotPersisted: it did not.
+        """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._desk.rules.commit_patience_s
         wait_s = 0.05
         while True:
             try:
-                return await self._desk.ledger.commit(claim, answer)
+                return await write()
             except StorageUnavailable:
                 if loop.time() + wait_s > give_up_s:
                     raise NotPersisted(retry_after_s=1.0) from None
@@ -435,11 +470,15 @@ class TurnRun:
         self, claim: TurnClaim, failure: Failure, state: TurnState = TurnState.FAILED, cause: Exception | None = None
     ) -> TurnResult:
         """End the turn in the ledger, then for the viewers, then for the requests."""
+        self._ending = True
         try:
-            stored = await self._end(claim, state, failure)
+            if failure.code in _OF_STORAGE:
+                stored = await self._end(claim, state, failure)
+            else:
+                stored = await self._patiently(lambda: self._end(claim, state, failure))
             if stored is None:
                 return await self._settle(claim)
-        except (StorageUnavailable, StorageFull):
+        except (StorageUnavailable, StorageFull, NotPersisted):
             # The row stays open and is swept when its lease has lapsed; who waits is told what happened.
             stored = None
         self._close_failed(stored, failure, state)
@@ -484,26 +523,36 @@ class TurnRun:
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
         """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
-        ledger, ask = self._desk.ledger, self.ask
-        turn = await ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+        turn = await self._patiently(lambda: self._row(claim))
+        if turn.epoch == claim.epoch and not turn.state.final:
+            # Nobody took it over: the database was away for longer than the lease.
+            lost = LeaderLost().failure()
+            await self._patiently(lambda: self._end(claim, TurnState.INTERRUPTED, lost))
+            turn = await self._patiently(lambda: self._row(claim))
         while not turn.state.final:
             await asyncio.sleep(self._desk.rules.poll_s)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, claim.turn_id)
-        if turn.state is not TurnState.COMPLETED:
-            failure = failure_of(turn)
-            self._close_failed(turn, failure, turn.state)
-            raise failure.error()
+            turn = await self._patiently(lambda: self._row(claim))
         self._show_stored(turn)
+        if turn.state is not TurnState.COMPLETED:
+            raise failure_of(turn).error()
         return TurnResult(turn)
 
+    async def _row(self, claim: TurnClaim) -> StoredTurn:
+        return await self._desk.ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+
     def _show_stored(self, turn: StoredTurn) -> None:
-        """End the log with the stored text, which a later owner may have written."""
-        if self.log is None or self.log.closed or turn.assistant_message is None:
+        """End the log as the row says, with the row's text if another owner wrote it."""
+        if self.log is None or self.log.closed:
             return
+        text = turn.assistant_message.content if turn.assistant_message is not None else ""
         if turn.epoch > self.log.epoch:
             self.log.restart(turn.epoch, "reset", {"epoch": turn.epoch, "reason": "leader_lost"})
-            self.log.append(turn.assistant_message.content)
-        self._close("done", done_event(turn))
+            if text:
+                self.log.append(text)
+        if turn.state in (TurnState.COMPLETED, TurnState.CANCELLED):
+            self._close("done", done_event(turn))
+        else:
+            self._close("error", error_event(failure_of(turn), turn.state, len(text)))
 
     def _close(self, name: str, data: dict[str, Any]) -> None:
         if self.log is not None:
@@ -660,7 +709,7 @@ class Turns:
         self._ids = ids
         self._last_identity: tuple[TurnAsk | None, RequestKey] = (None, request_key("none", "turn"))
         self._runs: dict[tuple[str, str], TurnRun] = {}
-        self._gates: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
+        self._gates: dict[tuple[str, str], dict[asyncio.Future[None], None]] = {}
         self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
         self._ended: dict[tuple[str, str], bool] = {}
 
@@ -773,13 +822,35 @@ class Turns:
         Raises:
             NotFound: no such turn of this tenant and thread.
         """
-        turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        run = self._runs.get((org_id, turn_id))
-        if run is not None:
-            run.stop(TurnCancelled().failure())
-            await run.ended.wait()
+        while True:
+            # Before the row is read, not after: a run that ends between has stored its end by the time of the read,
+            # while a row read before may say `streaming` of a turn whose run has gone.
+            run = self._runs.get((org_id, turn_id))
             turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        return turn
+            if turn.state.final:
+                return turn
+            if run is not None:
+                run.stop(TurnCancelled().failure())
+                await run.ended.wait()
+            elif turn.lease_lapsed:
+                await self._end_lost(turn)
+            else:
+                # Admitted a moment ago, and its run enters now; or its owner is another process, which ends it.
+                await asyncio.sleep(self.rules.poll_s)
+
+    async def _end_lost(self, turn: StoredTurn) -> None:
+        """End a turn that nobody leads any more as cancelled, unless somebody takes it over first."""
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        if taken is not None:
+            await self.ledger.end(
+                taken,
+                TurnState.CANCELLED,
+                TurnCancelled().failure(),
+                partial=turn.partial,
+                partial_seq=turn.partial_seq,
+                call_id=turn.call_id,
+            )
 
     async def cancel_thread(self, org_id: str, thread_id: str) -> None:
         """Stop every turn of a thread that runs or waits in this process."""
@@ -820,14 +891,14 @@ class Turns:
     async def turn_ended(self, claim: TurnClaim, timeout_s: float) -> None:
         """Wait until some turn of the claim's thread has ended here, at most `timeout_s` seconds."""
         gate = asyncio.get_running_loop().create_future()
-        gates = self._gates.setdefault((claim.org_id, claim.thread_id), set())
-        gates.add(gate)
+        gates = self._gates.setdefault((claim.org_id, claim.thread_id), {})
+        gates[gate] = None
         try:
             async with asyncio.timeout(timeout_s):
                 await gate
         except TimeoutError:
             return
         finally:
-            gates.discard(gate)
+            gates.pop(gate, None)
             if not gates and self._gates.get((claim.org_id, claim.thread_id)) is gates:
                 del self._gates[claim.org_id, claim.thread_id]

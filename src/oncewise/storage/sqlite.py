@@ -28,10 +28,10 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from oncewise.errors import OncewiseError, StorageFull, StorageUnavailable
 from oncewise.storage.owners import OwnerLock, alone
-from oncewise.storage.schema import upgrade
+from oncewise.storage.schema import current, upgrade
 from oncewise.storage.tables import turns
 
-__all__ = ["SqliteDatabase", "open_sqlite"]
+__all__ = ["SqliteDatabase", "open_sqlite", "revision_of"]
 
 Result = TypeVar("Result")
 
@@ -366,23 +366,23 @@ async def open_sqlite(
 
 def _open(name: str, owner: str, readers: int, busy_timeout_s: float, *, checkpoints: bool) -> SqliteDatabase:
     path = Path(name).absolute()
-    _require_directory(path.parent)
+    _require_writable(path)
     owners = Path(f"{path}.owners")
     try:
         lock = OwnerLock(owners, owner)
     except OSError as error:
-        raise StorageUnavailable("Nothing can be written beside the database file.") from error
+        raise _not_opened(path, f"{owners.name} beside it cannot be written: {error.strerror}") from error
     try:
         # Turning a file into WAL fails at once with "locked" if two processes do it, whatever the busy timeout says.
         with alone(owners):
-            writer = _prepared(_writer_engine(path, busy_timeout_s, checkpoints=checkpoints))
+            writer = _prepared(path, _writer_engine(path, busy_timeout_s, checkpoints=checkpoints))
     except BaseException:
         lock.close()
         raise
     return SqliteDatabase(writer, _reader_engine(path, busy_timeout_s, readers), lock, readers=readers)
 
 
-def _prepared(engine: sa.Engine) -> sa.Connection:
+def _prepared(path: Path, engine: sa.Engine) -> sa.Connection:
     try:
         conn = engine.connect()
         try:
@@ -392,15 +392,46 @@ def _prepared(engine: sa.Engine) -> sa.Connection:
             conn.close()
             raise
     except sa.exc.DBAPIError as error:
-        raise _storage_error(error) or error from error
+        raise _opening_error(path, error) or error from error
     return conn
 
 
-def _require_directory(directory: Path) -> None:
+def revision_of(path: str) -> str | None:
+    """Revision of the schema in a file, read without changing it or leaving anything beside it; None if it is empty.
+
+    Raises:
+        StorageUnavailable: there is no such file, or it is no database.
+    """
+    # Not `mode=ro`: a reader that cannot write leaves the files of the log behind, as its own, where there were none.
+    address = f"{Path(path).absolute().as_uri()}?mode=rw"
+    engine = sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(address, uri=True), poolclass=NullPool)
+    try:
+        with engine.connect() as conn:
+            return current(conn)
+    except sa.exc.DBAPIError as error:
+        raise _opening_error(Path(path), error) or error from error
+
+
+def _not_opened(path: Path, reason: str) -> StorageUnavailable:
+    # Whoever starts the server reads this, and wants to know which file it is. No request is told.
+    return StorageUnavailable(f"The database file {path} cannot be opened: {reason}.")
+
+
+def _opening_error(path: Path, error: sa.exc.DBAPIError) -> OncewiseError | None:
+    failed = _storage_error(error)
+    return _not_opened(path, str(error.orig)) if isinstance(failed, StorageUnavailable) else failed
+
+
+def _require_writable(path: Path) -> None:
+    directory = path.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageUnavailable("The directory of the database file cannot be made.") from error
+        raise _not_opened(path, f"its directory cannot be made: {error.strerror}") from error
     if not os.access(directory, os.W_OK | os.X_OK):
         # SQLite would open the file and fail at the first write, when it makes its log beside it.
-        raise StorageUnavailable("The directory of the database file cannot be written to.")
+        raise _not_opened(path, "its directory cannot be written to")
+    for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
+        if file.exists() and not os.access(file, os.R_OK | os.W_OK):
+            # SQLite would open it for reading, let even BEGIN IMMEDIATE pass, and fail at the first write.
+            raise _not_opened(path, f"{file.name} cannot be read and written")
