@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 
 from tests.support.fake_provider import FakeProvider
-from tests.support.http import serve
+from tests.support.http import JSON, ORG, parse_reply, read_events, serve
 from tests.support.scripted import ScriptedProvider
 from tests.support.watching import names, serve_openai, terminal, text_of, until, watching
 
@@ -201,6 +201,28 @@ async def test_the_demo_says_so_in_every_meta(tmp_path):
         assert watch.text == live.text
     assert replayed.events[1].data["role"] == "replayed"
     assert "demo" not in other.events[1].data
+
+
+async def test_a_request_that_comes_too_early_waits_for_the_end_of_the_stream(tmp_path):
+    """On the connection of a running stream: no byte of it is lost, and the request is answered afterwards."""
+    deltas = [f"<{number}>" for number in range(20)]
+    async with serve(tmp_path, ScriptedProvider(deltas=deltas, gap_s=0.02)) as site:
+        path = stream_of(await site.thread())
+        body = b'{"content":"Hello"}'
+        fields = [site.host, ORG, JSON, ("content-length", str(len(body))), ("connection", "keep-alive")]
+        reader, writer = await site.connect()
+        writer.write(site.head("POST", path, fields) + body)
+        came = await reader.readuntil(b"event: delta")
+        writer.write(site.head("GET", "/health", [site.host, ("connection", "close")]))
+        async with asyncio.timeout(10):
+            came += await reader.read()
+        writer.close()
+
+    _, first, second = came.split(b"HTTP/1.1 ")
+    events = read_events(parse_reply(b"HTTP/1.1 " + first).body)
+    assert text_of(events) == "".join(deltas)
+    assert names(events)[-1] == "done"
+    assert second.startswith(b"200 OK")
 
 
 async def test_tabs_on_one_turn_get_the_same_frames_and_leave_alone(tmp_path):
