@@ -50,7 +50,7 @@ __all__ = ["Lanes", "Services", "open_services"]
 
 
 LOG_BYTES = 256 * 2**20
-"""What the logs of a process may hold: one half for viewers of turns, the other for running calls and those of /v1."""
+"""What the logs of one process may hold: half for viewers of turns, half for running calls and those of /v1."""
 
 
 class Lanes(dict[str, ProviderLane]):

@@ -367,6 +367,43 @@ async def test_a_turn_goes_on_when_all_its_callers_have_left(tmp_path, fake):
         assert fake.count == 1
 
 
+async def test_a_turn_that_waits_ends_with_its_last_caller(site, fake):
+    """Nobody is called for it; who only watches is told, and the next has its place."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", model="n90-gap20") as running:
+        await running.until("delta")
+        async with watch_as(site, thread, "b", content="Waits") as queued:
+            path = f"/api/threads/{thread}/turns/{queued.turn_id}/stream"
+            async with watching(site, path) as viewer:
+                queued.leave()
+                await viewer.rest()
+        after = await site.ask("GET", path, headers=[ORG, ("last-event-id", viewer.last_id)])
+        third = asyncio.create_task(site.say(thread, "Third", model="n2"))
+        await running.rest()
+
+    assert names(viewer.events) == ["ping", "meta", "done"]
+    assert (terminal(viewer.events).data["state"], viewer.events[1].data["queue_position"]) == ("cancelled", 1)
+    assert after.status == 204
+    assert (await third).status == 200
+    assert [len(call.request["messages"]) for call in fake.calls] == [1, 3]
+
+
+async def test_the_streams_of_a_deleted_thread_end(site, fake):
+    """Running and waiting ones, before it is gone; then there is nothing to resume."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as running, watch_as(site, thread, "b", content="Waits") as queued:
+        await running.until("delta")
+        deleted = await site.ask("DELETE", f"/api/threads/{thread}")
+        await asyncio.gather(running.rest(), queued.rest())
+    path = f"/api/threads/{thread}/turns/{running.turn_id}/stream"
+    again = await site.ask("GET", path, headers=[ORG, ("last-event-id", "1-1")])
+
+    assert (deleted.status, again.status) == (204, 404)
+    assert [terminal(watch.events).data["state"] for watch in (running, queued)] == ["cancelled"] * 2
+    assert (await fake.call(1)).closed_by_client
+    assert fake.count == 1
+
+
 # -- another message while a turn runs ---------------------------------------------------------------------------
 
 

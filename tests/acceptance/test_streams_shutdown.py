@@ -205,6 +205,23 @@ async def stop_beside_an_open_stream(fake, folder):
     return took_s
 
 
+async def test_a_stream_that_is_opened_after_the_others_were_ended_ends_too(tmp_path):
+    """Its request came before the listener was closed; nothing would end it any more."""
+    async with serve(tmp_path, ScriptedProvider(held=True), drain_s=0) as site:
+        thread = await site.thread()
+        asked = asyncio.create_task(site.say(thread))
+        await site.provider.started.wait()
+        site.server.config.app.stop_streams()
+        async with watching(site, f"/api/threads/{thread}/stream") as late:
+            await late.rest()
+        site.provider.go.set()
+        reply = await asked
+
+    assert names(late.events) == ["ping", "meta"]
+    assert late.complete
+    assert reply.status == 200
+
+
 async def test_a_turn_may_be_cancelled_while_the_server_drains(tmp_path):
     """It ends as cancelled, with its text, and is not handed back as lost."""
     async with serve(tmp_path, ScriptedProvider(deltas=["a"] * 500, gap_s=0.02), drain_s=20) as site:

@@ -9,7 +9,7 @@ import sqlite3
 import pytest
 
 from tests.support.fake_provider import FakeProvider
-from tests.support.http import serve
+from tests.support.http import JSON, ORG, parse_reply, read_events, serve
 from tests.support.scripted import ScriptedProvider
 from tests.support.watching import names, serve_openai, terminal, text_of, until, watching
 
@@ -26,12 +26,12 @@ async def fake():
         yield provider
 
 
-def recorded(pieces):
+def recorded(pieces, *, ensure_ascii=False):
     """An OpenAI stream that says these pieces, as its bytes."""
     envelope = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "odd"}
     choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
     choices.append({"index": 0, "delta": {}, "finish_reason": "stop"})
-    events = [json.dumps({**envelope, "choices": [choice]}, ensure_ascii=False) for choice in choices]
+    events = [json.dumps({**envelope, "choices": [choice]}, ensure_ascii=ensure_ascii) for choice in choices]
     return "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"]).encode()
 
 
@@ -107,6 +107,22 @@ async def test_the_same_odd_text_comes_every_way(fake, tmp_path):
     assert {terminal(watch.events).id for watch in (leader, follower, from_log, rest, from_row)} == {leader.last_id}
     assert terminal(leader.events).data["chars"] == len(ODD_TEXT)
     assert fake.count == 1
+
+
+async def test_an_emoji_cut_in_two_between_deltas_is_whole_everywhere(fake, tmp_path):
+    """As programs in JavaScript cut it: half of it escaped in one event, half in the next; on /v1 too."""
+    fake.raw["halves"] = [recorded(["Hi \ud83d", "\ude42", "!\ud83d", "\udc4b\ud83c", "\udffd"], ensure_ascii=True)]
+    text = "Hi 🙂!👋🏽"
+    async with serve_openai(tmp_path, fake) as site:
+        thread = await site.thread()
+        async with watching(site, stream_of(thread), {"content": "Hello", "model": "halves"}) as live:
+            await live.rest()
+        body = {"model": "openai/halves", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+        whole = (await site.ask("POST", "/v1/chat/completions", body)).json()
+        stored = await site.messages(thread)
+
+    assert live.text == stored[1][1] == whole["choices"][0]["message"]["content"] == text
+    assert terminal(live.events).data["chars"] == len(text)
 
 
 class HeldLedger:
@@ -201,6 +217,28 @@ async def test_the_demo_says_so_in_every_meta(tmp_path):
         assert watch.text == live.text
     assert replayed.events[1].data["role"] == "replayed"
     assert "demo" not in other.events[1].data
+
+
+async def test_a_request_that_comes_too_early_waits_for_the_end_of_the_stream(tmp_path):
+    """On the connection of a running stream: no byte of it is lost, and the request is answered afterwards."""
+    deltas = [f"<{number}>" for number in range(20)]
+    async with serve(tmp_path, ScriptedProvider(deltas=deltas, gap_s=0.02)) as site:
+        path = stream_of(await site.thread())
+        body = b'{"content":"Hello"}'
+        fields = [site.host, ORG, JSON, ("content-length", str(len(body))), ("connection", "keep-alive")]
+        reader, writer = await site.connect()
+        writer.write(site.head("POST", path, fields) + body)
+        came = await reader.readuntil(b"event: delta")
+        writer.write(site.head("GET", "/health", [site.host, ("connection", "close")]))
+        async with asyncio.timeout(10):
+            came += await reader.read()
+        writer.close()
+
+    _, first, second = came.split(b"HTTP/1.1 ")
+    events = read_events(parse_reply(b"HTTP/1.1 " + first).body)
+    assert text_of(events) == "".join(deltas)
+    assert names(events)[-1] == "done"
+    assert second.startswith(b"200 OK")
 
 
 async def test_tabs_on_one_turn_get_the_same_frames_and_leave_alone(tmp_path):
