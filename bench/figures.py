@@ -65,6 +65,22 @@ FANOUT: list[Column] = [
     ("events per CPU s", "events_per_cpu_s", "{:,.0f}"),
     ("KiB PSS per viewer", "pss_kib_per_viewer", "{:.1f}"),
 ]
+PASSED_TEXT = (
+    "No two requests are equal, so each is a call of its own; at temperature 0, so that equal ones would share. Each "
+    "connection asks again as soon as it is answered, and the provider answers at once. `direct` is the same load on "
+    "the provider itself, and what a server adds to it is *over direct*. One worker each; the peers are as released, "
+    "in the versions that `bench/http/peers.py` installs. "
+)
+PASSED: list[Column] = [
+    ("requests/s", "per_s", "{:,.0f}"),
+    ("p50 ms", "p50_ms", "{:.2f}"),
+    ("p99 ms", "p99_ms", "{:.2f}"),
+    ("p50 over direct", "p50_over_ms", "{:.2f}"),
+    ("p99 over direct", "p99_over_ms", "{:.2f}"),
+    ("server CPU ms each", "server_cpu_ms", "{:.2f}"),
+    ("failed", "failed", "{:.0f}"),
+    ("peak RSS MiB", "peak_rss_mib", "{:.0f}"),
+]
 LATE: list[Column] = [
     ("deltas", "deltas", "{:,.0f}"),
     ("bytes", "backlog_bytes", "{:,.0f}"),
@@ -181,6 +197,23 @@ PAGES = {
             "late joiner",
             {},
             LATE,
+        ),
+    ],
+    "http-passthrough": [
+        Section(
+            "Distinct requests through /v1, answered as JSON",
+            PASSED_TEXT + "The provider answers the others with one document; Oncewise always streams from a provider, "
+            "and puts 20 deltas together for each answer.",
+            "json",
+            {"connections": "connections", "server": "server"},
+            PASSED,
+        ),
+        Section(
+            "Distinct requests through /v1, answered as a stream",
+            PASSED_TEXT + "An answer is 20 deltas.",
+            "stream",
+            {"connections": "connections", "server": "server"},
+            PASSED,
         ),
     ],
 }

@@ -1,6 +1,6 @@
 """Every benchmark over HTTP, one after the other, then the page of figures: `python -m bench.run`.
 
-Takes about a quarter of an hour on two cores of which nothing else needs either. `--quick` only shows that everything
+Takes about twenty minutes on two cores of which nothing else needs either. `--quick` only shows that everything
 runs; its figures are thrown away.
 """
 
@@ -8,14 +8,16 @@ import argparse
 import tempfile
 
 from bench import figures
-from bench.http import burst, fanout, memory
+from bench.http import burst, fanout, memory, passthrough
 
-PROGRAMS = {"burst": burst.main, "memory": memory.main, "fanout": fanout.main}
+PROGRAMS = {"burst": burst.main, "memory": memory.main, "fanout": fanout.main, "passthrough": passthrough.main}
 QUICK = {
     "burst": ["--requests", "20", "--provider-ms", "50"],
     "memory": ["--followers", "20", "--call-ms", "200"],
     # Without the rival, whose library is for benchmarks alone.
     "fanout": ["--viewers", "5", "--deltas", "10", "--backlog", "50", "--servers", "bare", "oncewise"],
+    # Without the peers, which are installed when they are first asked for.
+    "passthrough": ["--connections", "4", "--seconds", "0.2", "--deltas", "3", "--servers", "direct", "oncewise"],
 }
 
 

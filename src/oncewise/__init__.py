@@ -5,7 +5,7 @@ Importing this package loads the standard library only. The server is `oncewise 
 
 from oncewise.core.coalesce import Coalescer, CoalescerStats, Flight, FlightLanded, Landed, Shared, Waiter
 from oncewise.core.keys import RequestKey, canonical, request_key
-from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats, Permit
+from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats, Permit, Place
 from oncewise.core.stream_hub import Encoder, HubStats, PlainText, Position, Sink, StreamHub, StreamLog, Viewer
 from oncewise.errors import Failure, OncewiseError
 from oncewise.model import Role
@@ -28,6 +28,7 @@ __all__ = [
     "Pacer",
     "PacerStats",
     "Permit",
+    "Place",
     "PlainText",
     "Position",
     "RequestKey",

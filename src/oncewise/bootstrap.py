@@ -17,8 +17,9 @@ from typing import Any
 import sqlalchemy as sa
 from uuid_utils import uuid7
 
+from oncewise.core.breaker import Breakers, BreakerStats
 from oncewise.core.coalesce import Coalescer
-from oncewise.core.pacing import LocalLimiter, Pacer
+from oncewise.core.pacing import LocalLimiter, Pacer, PacerStats
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
 from oncewise.errors import OncewiseError, StorageUnavailable
@@ -61,6 +62,11 @@ class Lanes(dict[str, ProviderLane]):
         if self._fallback is None:
             raise KeyError(name)
         return self._fallback
+
+    def stats(self) -> dict[str, tuple[PacerStats, BreakerStats]]:
+        """What each provider's pacer and breakers hold now."""
+        now_s = asyncio.get_running_loop().time()
+        return {name: (lane.pacer.stats(), lane.breakers.stats(now_s)) for name, lane in self.items()}
 
 
 @dataclass
@@ -134,16 +140,16 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     database = await open_sqlite(_sqlite_path(settings.database_url), owner=owner)
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
-    lanes = _lanes(settings, opening)
-    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
     listeners: list[Listener] = [log_event]
 
     def tell(event: object) -> None:
         for listener in listeners:
             listener(event)
 
+    lanes = _lanes(settings, opening, tell)
+    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
     listeners.append(prometheus)
     metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
     # Before the calls are: their end may be what a row waits for.
@@ -245,9 +251,9 @@ async def _sweep(ledger: SqlTurnLedger, database: SqliteDatabase, every_s: float
 DEMO_META = MappingProxyType({"demo": True})
 
 
-def _lanes(settings: Settings, opening: AsyncExitStack) -> Lanes:
+def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes:
     demo = DemoProvider(latency_ms=settings.demo_latency_ms, rps=settings.demo_rps)
-    demo_lane = _lane(demo, settings.demo_rps, opening, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
+    demo_lane = _lane(demo, settings.demo_rps, opening, tell, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
     if settings.demo:
         return Lanes({"demo": demo_lane}, fallback=demo_lane)
     lanes = {"demo": demo_lane}
@@ -256,6 +262,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack) -> Lanes:
             _connect(configured),
             configured.rps,
             opening,
+            tell,
             burst=configured.burst,
             concurrency=configured.concurrency,
             model=configured.default_model,
@@ -290,6 +297,7 @@ def _lane(
     provider: Provider,
     rps: float,
     opening: AsyncExitStack,
+    tell: Listener,
     *,
     burst: int,
     concurrency: int,
@@ -300,4 +308,4 @@ def _lane(
     pacer = Pacer(limiter, concurrency=concurrency)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
-    return ProviderLane(provider, pacer, model, RetryBudget(), meta)
+    return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

@@ -113,6 +113,7 @@ class Provider(Protocol):
         Raises:
             ProviderError: refused, or failed; `retryable` tells which. Nothing further is sent.
             ProviderRateLimited: refused for its rate limit, with `retry_after_s` if the provider said so.
+            ProviderUnavailable: failed, and said when to come again: `retry_after_s`.
             ProviderProtocolError: the answer was broken, empty or incomplete.
             ProviderTimeout: no connection, first token or next token in time.
         """
@@ -245,7 +246,7 @@ class TurnLedger(Protocol):
         Raises:
             NotFound: the thread does not exist for this tenant.
             IdempotencyMismatch, HeadMoved: see the rules.
-            ThreadBusy: `on_busy` is `reject` and another turn runs or waits.
+            ThreadBusy: `on_busy` is `reject` and another turn runs or waits; `turn_id` names the first of them.
             QueueFull: `queue_limit` turns already wait behind the running one.
         """
         ...

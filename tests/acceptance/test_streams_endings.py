@@ -126,18 +126,21 @@ async def test_cancelling_a_turn_closes_the_providers_connection_within_a_second
 
 
 async def test_a_late_cancel_never_touches_a_newer_turn(site):
-    """Neither of the turn nor of a request that has its answer."""
+    """Neither of the turn nor of a request that has its answer; both are told so, as often as they ask."""
     thread = await site.thread()
     async with watch_as(site, thread, "old", model="n2") as old:
         await old.rest()
     async with watch_as(site, thread, "new", content="Next", model="n9-gap30") as new:
         await new.until("delta")
         late = await cancel_turn(site, thread, old.turn_id)
-        gone = await cancel_request(site, "old")
+        gone = [await cancel_request(site, "old") for _ in range(2)]
+        unknown = await cancel_request(site, "nobody")
+        foreign = await site.ask("POST", "/api/threads/cancel/old", headers=[("x-org-id", "other")])
         await new.rest()
 
     assert (late.status, late.json()["state"]) == (200, "completed")
-    assert gone.status == 404
+    assert [(reply.status, reply.json()["state"]) for reply in gone] == [(200, "ended")] * 2
+    assert (unknown.status, foreign.status) == (404, 404)
     assert terminal(new.events).data["state"] == "completed"
 
 
@@ -160,7 +163,9 @@ async def test_requests_are_withdrawn_one_by_one_and_the_last_stops_the_call(sit
         await two.rest()
         async with asyncio.timeout(5):
             await call.ended.wait()
+    again = [(await cancel_request(site, name)).json()["state"] for name in ("a", "b", "c")]
 
+    assert again == ["cancelled"] * 3
     for watch in (one, two):
         assert (terminal(watch.events).id, terminal(watch.events).data["state"]) == (None, "cancelled")
     assert (refused.status, refused.code) == (409, "turn_cancelled")
@@ -315,15 +320,16 @@ async def test_five_messages_wait_in_the_order_they_came(tmp_path, fake):
 
 
 async def test_a_message_may_be_refused_while_a_turn_runs(site, fake):
-    """`reject`: 409 before any byte of a stream; the turn is not disturbed. The same message joins all the same."""
+    """`reject`: 409 before any byte, with the turn to wait for. That is not disturbed; the same message joins it."""
     thread = await site.thread()
     async with watch_as(site, thread, "a", model="n20-gap20") as running:
         await running.until("delta")
-        refused = await site.stream(thread, "Other", on_busy="reject")
+        refused = [await site.stream(thread, "Other", on_busy="reject"), await site.say(thread, "M", on_busy="reject")]
         async with watch_as(site, thread, "b", model="n20-gap20", on_busy="reject") as joined:
             await asyncio.gather(running.rest(), joined.rest())
 
-    assert (refused.status, refused.code) == (409, "thread_busy")
+    assert [(reply.status, reply.code) for reply in refused] == [(409, "thread_busy")] * 2
+    assert {reply.json()["turn_id"] for reply in refused} == {running.turn_id}
     assert joined.turn_id == running.turn_id
     assert terminal(running.events).data["state"] == "completed"
     assert fake.count == 1

@@ -467,6 +467,18 @@ async def test_the_queue_of_a_thread_is_bounded_and_may_be_refused(held):
     assert len(held.provider.calls) == 1
 
 
+async def test_the_wait_behind_another_turn_counts_as_waiting(held):
+    """The caller is told of it, with how many turns came first."""
+    thread = await held.thread()
+    first, second, third = (asyncio.create_task(held.post(thread, f"m{number}")) for number in range(3))
+    await held.provider.started.wait()
+    await asyncio.sleep(0.2)
+    held.provider.go.set()
+    results = [await first, await second, await third]
+    assert [result.queued_behind for result in results] == [0, 1, 2]
+    assert results[0].queue_wait_ms < 150 < results[1].queue_wait_ms < results[2].queue_wait_ms
+
+
 async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(desk):
     """The call is shared inside the tenant; every thread stores its own pair, and the audit says so."""
     desk.provider.delay_s = 0.1
@@ -534,12 +546,28 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
     for task in callers[1:]:
         with pytest.raises(TurnCancelled):
             await task
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_a", "c0")
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_b", "c1")
+    assert held.turns.cancel_request("org_a", "c0")
+    for org_id, request_id in (("org_b", "c1"), ("org_a", "nobody")):
+        with pytest.raises(NotFound):
+            held.turns.cancel_request(org_id, request_id)
     await held.settled()
     assert await held.messages(thread) == []
+
+
+async def test_the_ends_of_the_last_requests_are_remembered(desk):
+    """So many and no more; the same id again is the newest."""
+    thread = await desk.thread()
+    desk.turns._ended = {("org_a", str(number)): True for number in range(10_000)}
+    with desk.turns.send(desk.ask(thread), "1") as ticket:
+        await ticket.result()
+    assert not desk.turns.cancel_request("org_a", "1")
+    with desk.turns.send(desk.ask(thread), "new") as ticket:
+        await ticket.result()
+
+    assert len(desk.turns._ended) == 10_000
+    assert list(desk.turns._ended)[-2:] == [("org_a", "1"), ("org_a", "new")]
+    with pytest.raises(NotFound):
+        desk.turns.cancel_request("org_a", "0")
 
 
 async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
@@ -900,6 +928,25 @@ async def test_text_shown_in_the_last_moment_is_not_replaced(tmp_path):
 
         assert (await desk.outcome(thread)).code == "leader_lost"
         assert desk.provider.calls == []
+
+
+async def test_turns_of_a_lost_process_keep_their_order(tmp_path):
+    """Whoever asks first again: the later turn waits for the earlier one, and its prompt holds it."""
+    async with open_desk(tmp_path / "ow.db", lease_s=0.2) as desk:
+        thread = await desk.thread()
+        for content in ("one", "two"):
+            await desk.ledger.admit(
+                desk.ask(thread, content), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+            )
+        await asyncio.sleep(0.06)
+
+        later = asyncio.create_task(desk.post(thread, "two"))
+        await asyncio.sleep(0.1)
+        await desk.post(thread, "one")
+        await later
+
+        assert [text for _, text in await desk.messages(thread)] == ["one", "pong", "two", "pong"]
+        assert [len(call.messages) for call in desk.provider.calls] == [1, 3]
 
 
 async def test_shutting_down_hands_a_turn_back(tmp_path):

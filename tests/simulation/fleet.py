@@ -193,7 +193,8 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether nothing is held for anybody."""
-        flights, pacer = (self.turns.flights.stats(), self.calls.flights.stats()), self.pacer.stats()
+        flights = self.machine.read(lambda: (self.turns.flights.stats(), self.calls.flights.stats()))
+        pacer = self.machine.read(self.pacer.stats)
         held = sum(stats.flights + stats.waiters + stats.tasks for stats in flights)
         return held + pacer.waiting + pacer.running == 0
 

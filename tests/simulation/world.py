@@ -143,6 +143,14 @@ class Machine:
     def _go_on(self) -> None:
         self.paused = False
 
+    def read(self, look: Callable[[], T]) -> T:
+        """Look at something of this machine as code on it would, at the present time."""
+        events._set_running_loop(self.loop)
+        try:
+            return look()
+        finally:
+            events._set_running_loop(None)
+
     def bury(self) -> None:
         """After the history: end the tasks that are left, so that none is found half done by the collector."""
         self.runs = False

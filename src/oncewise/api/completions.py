@@ -35,6 +35,7 @@ PATH = "/v1/chat/completions"
 _JSON = (b"content-type", b"application/json")
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b":\n"
+_POSITION = b"x-queue-position"
 _CACHE_STATUS = {
     Role.LEADER: b"oncewise; fwd=miss",
     Role.BYPASS: b"oncewise; fwd=bypass",
@@ -103,7 +104,7 @@ class CompletionRoutes:
                 except OncewiseError as error:
                     await _refuse(exchange, ticket, error)
                     return
-            await stream.begin(_call_headers(ticket))
+            await stream.begin([*_call_headers(ticket), (_POSITION, b"%d" % run.queue_position)])
             rest = await stream.follow()
             ending = await self._ending(exchange, ticket, stream, wants_usage=wants_usage)
             await stream.write(rest + ending, more=False)
@@ -325,6 +326,7 @@ def _timings(exchange: Exchange, run: CompletionRun) -> Headers:
     queued_ms = (run.queue_wait_s or 0.0) * 1000
     return [
         # Who joined late did not wait for what was already there.
+        (_POSITION, b"%d" % run.queued_behind),
         (b"x-queue-wait-ms", b"%d" % min(queued_ms, waited_ms)),
         (b"x-ttft-ms", b"%d" % max(0.0, (run.first_s - exchange.arrived_s) * 1000)),
     ]

@@ -129,6 +129,7 @@ def _timings(exchange: Exchange, ticket: TurnTicket, result: TurnResult) -> Head
     first_ms = waited_ms if result.first_delta_s is None else (result.first_delta_s - exchange.arrived_s) * 1000
     # Who joined late did not wait for what was already there.
     headers = [
+        (b"x-queue-position", b"%d" % result.queued_behind),
         (b"x-queue-wait-ms", b"%d" % min(result.queue_wait_ms, waited_ms)),
         (b"x-ttft-ms", b"%d" % max(0.0, first_ms)),
     ]

@@ -85,9 +85,20 @@ class GuardedProtocol(HttpToolsProtocol):
             and not self.transport.is_closing()
         )
 
-    def push(self, chunk: bytes) -> None:
-        """Write a piece of the body that is not the last, past the ASGI interface."""
-        self.transport.write(_framed(chunk) if self.cycle.chunked_encoding else chunk)
+    def push(self, chunk: bytes) -> bool:
+        """Write a piece of the body that is not the last, past the ASGI interface; False if it must wait."""
+        cycle = self.cycle
+        if (
+            # Of a head that was sent; a request that came too early has taken the place of the one that is answered.
+            not cycle.chunked_encoding
+            or cycle.response_complete
+            or cycle.disconnected
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            return False
+        self.transport.write(_framed(chunk))
+        return True
 
     def _end_within(self, seconds: float) -> None:
         self._stop_timer()

@@ -139,13 +139,14 @@ class Streams:
         if not (is_id(thread_id) and is_id(turn_id)):
             raise NotFound
         turn = await exchange.services.threads.turn(org_id, thread_id, turn_id)
-        await self._watch(exchange, turn, _last_event_id(exchange))
+        sent = _last_event_id(exchange)
+        await self._watch(exchange, turn, sent, None if sent is None else Position.parse(sent))
 
     async def join(self, exchange: Exchange, thread_id: str) -> None:
         """Send the thread's active turn from its beginning; 204 if the thread is idle.
 
-        A Last-Event-ID is not looked at: it does not say which turn it belongs to, and the one it came from may have
-        ended. Clients resume at the turn's own address.
+        Nothing is left out for a Last-Event-ID: it does not say which turn it belongs to, and the one it came from may
+        have ended. The client is told that all comes again. To resume there is the turn's own address.
 
         Raises:
             NotFound: no such thread of this tenant.
@@ -157,10 +158,9 @@ class Streams:
         if turn is None:
             await exchange.answer(204, b"", ())
         else:
-            await self._watch(exchange, turn, None)
+            await self._watch(exchange, turn, _last_event_id(exchange), None)
 
-    async def _watch(self, exchange: Exchange, turn: StoredTurn, sent: str | None) -> None:
-        after = None if sent is None else Position.parse(sent)
+    async def _watch(self, exchange: Exchange, turn: StoredTurn, sent: str | None, after: Position | None) -> None:
         log = await exchange.services.threads.watch(turn)
         source = _row_viewer(exchange, turn, after) if log is None else log.view(after)
         if source.ended:
@@ -170,7 +170,8 @@ class Streams:
         again = sent is not None and (after is None or source.from_start)
         live = log is not None and not log.closed
         with self._opened(exchange, source) as stream, exchange.presence():
-            await stream.open(_watch_headers(turn, again=again), _meta_of_turn(exchange, turn, live=live, again=again))
+            meta = await _meta_of_turn(exchange, turn, live=live, again=again)
+            await stream.open(_watch_headers(turn, again=again), meta)
             await stream.write(await stream.follow(), more=False)
 
 
@@ -220,6 +221,7 @@ def _meta_of_request(ticket: TurnTicket, exchange: Exchange) -> dict[str, Any]:
     admitted = ticket.run.admitted
     assert admitted is not None  # noqa: S101  awaited before
     role = ticket.role()
+    state, position = ticket.run.now() or (admitted.state, admitted.position)
     return {
         **admitted.meta,
         "request_id": exchange.request_id,
@@ -227,22 +229,23 @@ def _meta_of_request(ticket: TurnTicket, exchange: Exchange) -> dict[str, Any]:
         "thread_id": admitted.thread_id,
         # Who asked for a turn of its own leads it.
         "role": (Role.LEADER if role is Role.BYPASS else role).value,
-        "state": admitted.state.value,
-        "queue_position": admitted.position,
+        "state": state.value,
+        "queue_position": position,
         "provider": admitted.provider,
         "model": admitted.model,
     }
 
 
-def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bool) -> dict[str, Any]:
+async def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bool) -> dict[str, Any]:
+    state, position = await exchange.services.turns.state_of(turn)
     meta = {
         **exchange.services.turns.meta_of(turn),
         "request_id": exchange.request_id,
         "turn_id": turn.id,
         "thread_id": turn.thread_id,
         "role": (Role.FOLLOWER if live or not turn.state.final else Role.REPLAYED).value,
-        "state": turn.state.value,
-        "queue_position": 0,
+        "state": state.value,
+        "queue_position": position,
         "provider": turn.ask.provider,
         "model": turn.ask.model,
     }

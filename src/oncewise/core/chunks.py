@@ -1,7 +1,8 @@
 """What chunks of a chat completion add up to: the whole completion, and its figures.
 
 Fields that nobody here knows are kept: in a delta, texts are joined and lists extended, as OpenAI's own do; elsewhere
-the last value counts.
+the last value counts. Texts are joined at the end, once: adding each delta to the text before it would copy a long
+answer thousands of times.
 
 Deliberately absent: whether an answer is whole (`oncewise.providers.answer`).
 """
@@ -21,63 +22,99 @@ _WHOLE = frozenset({"role", "id", "type", "name", "format"})
 Json = dict[str, Any]
 
 
+class _Text:
+    """A text that still grows, in its place in the document."""
+
+    __slots__ = ("pieces", "place")
+
+    def __init__(self, place: tuple[Json, str], first: str) -> None:
+        self.place = place
+        self.pieces = [first]
+
+    def join(self) -> None:
+        """Put the text where it belongs, unless something else took its place."""
+        into, name = self.place
+        if into.get(name) is self:
+            into[name] = "".join(self.pieces)
+
+
 def assembled(chunks: Iterable[Chunk], usage: Json) -> Json:
     """The completion that a caller who did not ask for a stream gets."""
-    document: Json = {}
-    choices: dict[int, Json] = {}
+    assembly = _Assembly()
     for chunk in chunks:
-        document |= {name: value for name, value in chunk.items() if name != "choices" and value is not None}
+        assembly.take(chunk)
+    return assembly.whole(usage)
+
+
+class _Assembly:
+    """A completion that is being put together."""
+
+    def __init__(self) -> None:
+        self._document: Json = {}
+        self._choices: dict[int, Json] = {}
+        self._texts: list[_Text] = []
+
+    def take(self, chunk: Chunk) -> None:
+        for name, value in chunk.items():
+            if name != "choices" and value is not None:
+                self._document[name] = value
         for choice in chunk["choices"]:
-            _take(choices.setdefault(choice.get("index", 0), {}), choice)
-    ordered = [_finished(index, choices[index]) for index in sorted(choices)]
-    return document | {"object": "chat.completion", "choices": ordered, "usage": usage}
+            self._take_choice(self._choices.setdefault(choice.get("index", 0), {}), choice)
 
+    def whole(self, usage: Json) -> Json:
+        for text in self._texts:
+            text.join()
+        choices = [_finished(index, self._choices[index]) for index in sorted(self._choices)]
+        return self._document | {"object": "chat.completion", "choices": choices, "usage": usage}
 
-def _take(into: Json, choice: Json) -> None:
-    _merge(into.setdefault("message", {"role": "assistant", "content": None}), choice.get("delta") or {})
-    logprobs = choice.get("logprobs")
-    if isinstance(logprobs, dict):
-        _merge(into.setdefault("logprobs", {}), logprobs)
-    into |= {
-        name: value
-        for name, value in choice.items()
-        if name not in ("delta", "message", "logprobs") and (value is not None or name not in into)
-    }
+    def _take_choice(self, into: Json, choice: Json) -> None:
+        self._merge(into.setdefault("message", {"role": "assistant", "content": None}), choice.get("delta") or {})
+        for name, value in choice.items():
+            if name == "logprobs" and isinstance(value, dict):
+                self._merge(into.setdefault("logprobs", {}), value)
+            elif name not in ("delta", "message", "logprobs") and (value is not None or name not in into):
+                into[name] = value
+
+    def _merge(self, into: Json, delta: Json) -> None:
+        for name, value in delta.items():
+            held = into.get(name)
+            if value is None:
+                into.setdefault(name, None)
+            elif isinstance(value, list):
+                into[name] = self._extended(held if isinstance(held, list) else [], value)
+            elif isinstance(value, dict):
+                into[name] = held if isinstance(held, dict) else {}
+                self._merge(into[name], value)
+            elif isinstance(value, str) and name not in _WHOLE:
+                self._merge_text(into, name, value)
+            elif value != "" or held is None:
+                into[name] = value
+
+    def _merge_text(self, into: Json, name: str, value: str) -> None:
+        held = into.get(name)
+        if isinstance(held, _Text):
+            held.pieces.append(value)
+        elif value or held is None:
+            into[name] = _Text((into, name), value)
+            self._texts.append(into[name])
+
+    def _extended(self, held: list[Any], new: list[Any]) -> list[Any]:
+        for item in new:
+            if not isinstance(item, dict) or type(item.get("index")) is not int:
+                held.append(item)
+                continue
+            known = next((old for old in held if isinstance(old, dict) and old.get("index") == item["index"]), None)
+            if known is None:
+                known = {}
+                held.append(known)
+            self._merge(known, item)
+        return held
 
 
 def _finished(index: int, choice: Json) -> Json:
     for called in choice["message"].get("tool_calls") or ():
         called.pop("index", None)
     return {"logprobs": None, **choice, "index": index}
-
-
-def _merge(into: Json, delta: Json) -> None:
-    for name, value in delta.items():
-        held = into.get(name)
-        if value is None:
-            into.setdefault(name, None)
-        elif isinstance(value, list):
-            into[name] = _extended(held if isinstance(held, list) else [], value)
-        elif isinstance(value, dict):
-            into[name] = held if isinstance(held, dict) else {}
-            _merge(into[name], value)
-        elif isinstance(value, str) and isinstance(held, str) and name not in _WHOLE:
-            into[name] = held + value
-        elif value != "" or held is None:
-            into[name] = value
-
-
-def _extended(held: list[Any], new: list[Any]) -> list[Any]:
-    for item in new:
-        if not isinstance(item, dict) or type(item.get("index")) is not int:
-            held.append(item)
-            continue
-        known = next((old for old in held if isinstance(old, dict) and old.get("index") == item["index"]), None)
-        if known is None:
-            known = {}
-            held.append(known)
-        _merge(known, item)
-    return held
 
 
 def usage_of(chunk: Chunk) -> tuple[Usage | None, float | None]:

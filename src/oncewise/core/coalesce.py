@@ -55,6 +55,8 @@ class Landed(Generic[T]):
 
 Outcome = Landed[T] | Failure
 
+_CANCELLED = FlightCancelled().failure()
+
 
 class Shared(NamedTuple, Generic[T]):
     """A value and what the caller was to the work behind it."""
@@ -519,7 +521,7 @@ class Coalescer:
 
     def _drop(self, flight: Flight[Any]) -> None:
         # The key first: a newcomer must start anew instead of joining work that is being cancelled (tailscale #18919).
-        self.cancel(flight, FlightCancelled().failure())
+        self.cancel(flight, _CANCELLED)
 
     def _detach(self, flight: Flight[Any]) -> bool:
         """Take a flight out of the table; False if it was not in it any more."""
@@ -532,7 +534,7 @@ class Coalescer:
     # -- the work ------------------------------------------------------------------------------------------------
 
     async def _fly(self, flight: Flight[Any]) -> None:
-        outcome: Outcome[Any] = FlightCancelled().failure()
+        outcome: Outcome[Any] = _CANCELLED
         try:
             outcome = await self._outcome_of(flight)
         finally:
@@ -545,7 +547,7 @@ class Coalescer:
             async with deadline:
                 return Landed(await flight.work(flight))
         except asyncio.CancelledError:
-            return flight._end or FlightCancelled().failure()
+            return flight._end or _CANCELLED
         except OncewiseError as error:
             return error.failure()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -592,7 +594,7 @@ class Coalescer:
 
     def _finish(self, flight: Flight[Any]) -> None:
         # A task cancelled before its first step never entered `_fly`.
-        self._land(flight, flight._end or FlightCancelled().failure())
+        self._land(flight, flight._end or _CANCELLED)
         flight._task = None
 
     def _expire(self) -> None:

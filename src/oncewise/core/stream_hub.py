@@ -15,9 +15,9 @@ Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rig
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from oncewise.errors import Overloaded, ResponseTooLarge
 
@@ -27,8 +27,7 @@ FRAME_CHARS = 128 * 1024
 """Code points after which a frame of joined deltas ends and another begins."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
+class Position(NamedTuple):
     """A place in a stream. Written `<epoch>-<seq>`."""
 
     epoch: int
@@ -78,12 +77,11 @@ class PlainText:
 class Sink(Protocol):
     """Takes what one viewer is to be shown at the moment it is published, without a task being woken for it."""
 
-    def ready(self) -> bool:
-        """Whether bytes can be taken now; if not, the viewer's task is woken and waits as it has to."""
-        ...
+    def push(self, chunk: bytes) -> bool:
+        """Take bytes, or say False: then the viewer's task is woken and waits as it has to.
 
-    def push(self, chunk: bytes) -> None:
-        """Take bytes. Must not block, and must not raise."""
+        Must not block, must not raise, and must not call the log or its viewers.
+        """
         ...
 
 
@@ -109,6 +107,7 @@ class StreamLog:
     __slots__ = (
         "_bytes",
         "_end",
+        "_fed",
         "_frames",
         "_held",
         "_hub",
@@ -118,6 +117,7 @@ class StreamLog:
         "_sleepers",
         "_texts",
         "_timer",
+        "_told_s",
         "epoch",
         "key",
         "viewers",
@@ -136,8 +136,11 @@ class StreamLog:
         self._bytes = 0
         self._held = True
         self._timer: asyncio.TimerHandle | None = None
+        # Viewers that wait, and so have all there is: those with a sink are fed, the others woken.
+        self._fed: dict[Viewer, Callable[[bytes], bool]] = {}
         # A dict for its order: viewers are served as they came, and equal schedules give equal histories.
         self._sleepers: dict[Viewer, None] = {}
+        self._told_s = 0.0
         self._joined: tuple[int, int, bytes] = (0, 0, b"")
 
     @property
@@ -174,9 +177,9 @@ class StreamLog:
         position = Position(self.epoch, len(self._texts) + 1)
         frame = self._hub.encoder.delta(position, text)
         self._grow(len(frame))
+        self._feed(frame)
         self._texts.append(text)
         self._frames.append(frame)
-        self._wake()
         return position
 
     def note(self, name: str, data: Mapping[str, Any]) -> None:
@@ -189,13 +192,14 @@ class StreamLog:
             raise RuntimeError("note on a closed log")
         frame = self._hub.encoder.event(name, data, None)
         self._grow(len(frame))
+        self._feed(frame)
         self._notes.append((len(self._texts), frame))
-        self._wake()
 
     def restart(self, epoch: int, name: str, data: Mapping[str, Any]) -> None:
         """Begin again under a higher epoch; viewers that saw something get the event first, at `<epoch>-0`."""
         if epoch <= self.epoch or self._end is not None:
             raise RuntimeError("restart needs a higher epoch and an open log")
+        self._wake()
         if self._held:
             self._hub._bytes -= self._bytes
         self._bytes = 0
@@ -203,7 +207,6 @@ class StreamLog:
         self._texts, self._frames, self._notes = [], [], []
         self._joined = (0, 0, b"")
         self._reset = self._hub.encoder.event(name, data, Position(epoch, 0))
-        self._wake()
 
     def close(self, name: str, data: Mapping[str, Any]) -> None:
         """Publish the terminal event; the log stays readable for the hub's retention. Closing again does nothing."""
@@ -236,12 +239,24 @@ class StreamLog:
             self._hub._grow(size)
         self._bytes += size
 
+    def _feed(self, frame: bytes) -> None:
+        """Show an event that is about to be the newest one: to sinks at once, to all others by waking them.
+
+        This loop is what a stream costs with an audience. All who are fed have the same things, so the frame is what
+        each of them lacks and no cursor is touched; a viewer finds its own when it is fed no more.
+        """
+        woken = list(self._sleepers)
+        if self._fed:
+            self._told_s = asyncio.get_running_loop().time()
+            for viewer, push in self._fed.items():
+                if not push(frame):
+                    woken.append(viewer)
+        for viewer in woken:
+            viewer._wake(True)
+
     def _wake(self) -> None:
-        if not self._sleepers:
-            return
-        now_s = asyncio.get_running_loop().time()
-        sleepers, self._sleepers = self._sleepers, {}
-        self._sleepers.update([(viewer, None) for viewer in sleepers if viewer._deliver(now_s)])
+        for viewer in (*self._fed, *self._sleepers):
+            viewer._wake(True)
 
     def _frame_end(self, start: int, stop: int) -> int:
         """How many deltas there are up to the end of a frame that begins after `start` of them."""
@@ -316,7 +331,7 @@ class Viewer:
             self.from_start = True
 
     def push_to(self, sink: Sink) -> None:
-        """Give news to `sink` as they are published, while a task waits; it wakes for the end, and for what is left.
+        """Give news to `sink` as they are published, while a task waits; it wakes for the end, and when it is refused.
 
         Waking a task for every delta and viewer costs more than sending the delta.
         """
@@ -380,39 +395,38 @@ class Viewer:
             self._timer = loop.call_at(self._deadline_s, self._tick, loop)
         future: asyncio.Future[bool] = loop.create_future()
         self._future = future
-        self._log._sleepers[self] = None
+        if self._sink is None:
+            self._log._sleepers[self] = None
+        else:
+            self._log._fed[self] = self._sink.push
         try:
             return await future
         finally:
             self._future = None
-            self._log._sleepers.pop(self, None)
+            self._stop_waiting()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._future is None:
             return
-        if loop.time() >= self._deadline_s:
+        # What the log told since was pushed, or there would be no wait any more.
+        deadline_s = max(self._deadline_s, self._log._told_s + self._timeout_s)
+        if loop.time() >= deadline_s:
             self._wake(False)
         else:
-            self._timer = loop.call_at(self._deadline_s, self._tick, loop)
-
-    def _deliver(self, now_s: float) -> bool:
-        """Give news to the sink and go on waiting; or wake the task, and say False."""
-        sink, future = self._sink, self._future
-        if sink is None or future is None or future.done() or self._log._end is not None or not sink.ready():
-            self._wake(True)
-            return False
-        if chunk := self.take():
-            sink.push(chunk)
-        self._deadline_s = now_s + self._timeout_s
-        if self._has_news():
-            self._wake(True)
-            return False
-        return True
+            self._timer = loop.call_at(deadline_s, self._tick, loop)
 
     def _wake(self, news: bool) -> None:  # noqa: FBT001  the value the wait returns
+        self._stop_waiting()
         if self._future is not None and not self._future.done():
             self._future.set_result(news)
+
+    def _stop_waiting(self) -> None:
+        log = self._log
+        log._sleepers.pop(self, None)
+        if log._fed.pop(self, None) is not None:
+            # Only now: while it was fed it had what the log has.
+            self._seq, self._note = len(log._texts), len(log._notes)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:

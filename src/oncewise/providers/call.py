@@ -101,7 +101,7 @@ class Call:
         Once the answer is `finished`, a body that is cut or does not end is an end like any other.
 
         Raises:
-            ProviderError, ProviderRateLimited, ProviderProtocolError, ProviderTimeout: as the port says.
+            OncewiseError: as the port says.
         """
         try:
             async with AsyncExitStack() as connection:
@@ -158,7 +158,10 @@ class Call:
 
     def _failure(self, error: Exception) -> OncewiseError:
         if isinstance(error, TimeoutError):
-            return ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            late = ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            # An answer that came all along and was too long for its time says nothing against the provider.
+            late.self_inflicted = self._begun and self._now_s() < self._token_by_s
+            return late
         if isinstance(error, ConnectTimedOut):
             return ProviderTimeout(f"{self._provider} could not be reached in time.")
         if isinstance(error, Unreachable):
@@ -175,10 +178,11 @@ class Call:
         return f"did not begin to answer within {self._timers.first_token_s:g} s"
 
 
-def broken(detail: str, *, retryable: bool = True) -> ProviderProtocolError:
+def broken(detail: str, *, retryable: bool = True, self_inflicted: bool = False) -> ProviderProtocolError:
     """The error for an answer that is not what the wire promises."""
     error = ProviderProtocolError(detail)
     error.retryable = retryable
+    error.self_inflicted = self_inflicted
     return error
 
 

@@ -60,7 +60,7 @@ class CallRun(Attempts[CallResult]):
     def __init__(
         self, calls: "Calls", lane: ProviderLane, org_id: str, request: ChatRequest, origin: TurnClaim
     ) -> None:
-        super().__init__(lane, org_id, calls.chance)
+        super().__init__(lane, org_id, request.model, calls.chance)
         self.call_id = calls.ids()
         self.log = calls.logs.open((org_id, self.call_id))
         self._desk = calls
@@ -91,7 +91,7 @@ class CallRun(Attempts[CallResult]):
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.stream`, `Pacer.permit` and `TurnLedger.record_call`.
+            OncewiseError: as `Attempts.run` and `TurnLedger.record_call`.
         """
         try:
             return await self.run(flight)

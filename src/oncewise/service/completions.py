@@ -145,7 +145,7 @@ class CompletionRun(Attempts[Completion]):
     flight: Flight[Completion]
 
     def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan, leader_id: str) -> None:
-        super().__init__(lane, org_id, desk.chance)
+        super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
@@ -163,7 +163,7 @@ class CompletionRun(Attempts[Completion]):
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+            OncewiseError: as `Attempts.run`.
         """
         try:
             return await self.run(flight)
@@ -173,9 +173,9 @@ class CompletionRun(Attempts[Completion]):
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
         if self._document is None:
-            events = self.log.text.split("\n\n")[:-1]
-            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
-            self._document = orjson.dumps(assembled(chunks, completion.figures))
+            # JSON has no line ends of its own: all events are read as one list.
+            chunks = self.log.text.removeprefix("data: ").removesuffix("\n\n").replace("\n\ndata: ", ",")
+            self._document = orjson.dumps(assembled(orjson.loads(f"[{chunks}]"), completion.figures))
         return self._document
 
     @property
@@ -211,6 +211,7 @@ class _Chunks:
 
     def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
         self._request = request
+        self._asked = max(request.choices, 1)
         self._head: Json = {
             "id": f"chatcmpl-{call_id}",
             "object": "chat.completion.chunk",
@@ -263,18 +264,20 @@ class _Chunks:
                 self._head[name] = chunk[name]
 
     def _count(self, chunk: Chunk) -> None:
+        figures = usage_object(chunk)
+        if figures is None:
+            return
         usage, cost_usd = usage_of(chunk)
         if usage is not None:
-            self._usage, self._figures = usage, usage_object(chunk)
+            self._usage, self._figures = usage, figures
         if cost_usd is not None:
             self._cost_usd = cost_usd
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
-        asked = max(self._request.choices, 1)
-        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
-        extras = {name: chunk[name] for name in chunk.keys() - _PLAIN}
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
+        extras = chunk.keys() - _PLAIN
         if not choices:
-            if all(name in self._told and self._told[name] == value for name, value in extras.items()):
+            if all(name in self._told and self._told[name] == chunk[name] for name in extras):
                 return None
             # Many clients look at the first choice of any chunk, unless they asked for figures.
             choices = [{"index": 0, "delta": {}, "finish_reason": None}]
@@ -283,9 +286,11 @@ class _Chunks:
                 index = choice.setdefault("index", 0)
                 choice["delta"] = self._delta(index, choice.get("delta") or {})
                 choice.setdefault("finish_reason", None)
-        self._told |= extras
-        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
-        return {**rest, **self._head, "choices": choices}
+        for name in extras:
+            self._told[name] = chunk[name]
+        tidy = {**chunk, **self._head, "choices": choices}
+        tidy.pop("usage", None)
+        return tidy
 
     def _delta(self, index: int, delta: Json) -> Json:
         # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.

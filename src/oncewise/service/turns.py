@@ -58,6 +58,8 @@ __all__ = ["TurnRules", "TurnTicket", "Turns"]
 
 
 MAX_TURN_ATTEMPTS = 2
+ENDED_REQUESTS = 10_000
+"""Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
 
 _OF_STORAGE = frozenset({NotPersisted.code, StorageUnavailable.code, StorageFull.code})
 
@@ -83,6 +85,8 @@ class TurnRun:
         admitted: Set, and announced, once the ledger has decided.
         leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
+        viewed: The run whose log shows the turn: this one, or the one that it follows.
+        place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
     """
 
@@ -93,6 +97,7 @@ class TurnRun:
         self.log: StreamLog | None = None
         self.viewed = self
         self.ended = asyncio.Event()
+        self.place = 0
         self.key: RequestKey | None = None
         self._desk = desk
         self._flight: Flight[TurnResult] | None = None
@@ -108,6 +113,7 @@ class TurnRun:
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
+        self._queue_wait_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -205,7 +211,7 @@ class TurnRun:
     async def _take_over(self, claim: TurnClaim) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
         turn = await self._row(claim)
-        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+        if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
             await self._desk.ledger.end(
@@ -218,12 +224,13 @@ class TurnRun:
             )
             raise lost.error()
         self.ask = turn.ask
-        return await self._lead(claim, 0)
+        # It may have waited when its owner was lost, and the turns before it are still open.
+        return await self._lead(claim, await self._desk.ledger.position(claim))
 
     # -- leading -------------------------------------------------------------------------------------------------
 
     async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
-        self._claim = claim
+        self._claim, self.place = claim, position
         self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
@@ -269,7 +276,7 @@ class TurnRun:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
             # Turns of this process wake us; those of another are seen by looking.
             await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = await self._desk.ledger.position(claim)
+            position = self.place = await self._desk.ledger.position(claim)
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -277,6 +284,7 @@ class TurnRun:
         return ChatRequest(ask.provider, ask.model, messages, ask.params)
 
     def _call_started(self) -> None:
+        self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
         if self._flight is not None:
             self._flight.mark_running()
             self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
@@ -311,11 +319,33 @@ class TurnRun:
                 {"ttft_ms": round((now_s - self._started_s) * 1000), "queue_wait_ms": round(self.queue_wait_ms)},
             )
 
+    def now(self) -> tuple[TurnState, int] | None:
+        """The state of the turn and how many come first, for who is told now; None unless it is led here.
+
+        What was announced at its admission may be long past.
+        """
+        log = self.viewed.log
+        if log is None:
+            return None
+        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.queue_position)
+
     @property
     def queue_wait_ms(self) -> float:
-        """Milliseconds from the start of the flight to the start of its call."""
-        waited = self._call.queue_wait_s if self._call is not None else None
-        return (waited or 0.0) * 1000
+        """Milliseconds from the start of the flight to the start of its call; 0.0 until then."""
+        return self._queue_wait_s * 1000
+
+    @property
+    def queue_position(self) -> int:
+        """What comes first, as it looks now: turns of its thread, and then calls to its provider."""
+        if self._call is not None:
+            return self._call.queue_position
+        return self.place
+
+    @property
+    def queued_behind(self) -> int:
+        """How many of them there were when it was admitted to that queue."""
+        position = self.admitted.position if self.admitted is not None else 0
+        return position or (self._call.queued_behind if self._call is not None else 0)
 
     @property
     def requesters(self) -> int:
@@ -419,7 +449,8 @@ class TurnRun:
         return TurnResult(
             stored,
             upstream_calls=self.upstream_calls,
-            queue_wait_ms=call.queue_wait_s * 1000,
+            queue_wait_ms=self.queue_wait_ms,
+            queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
             cost_usd=completion.cost_usd,
         )
@@ -688,6 +719,7 @@ class Turns:
         self._runs: dict[tuple[str, str], TurnRun] = {}
         self._gates: dict[tuple[str, str], dict[asyncio.Future[None], None]] = {}
         self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
+        self._ended: dict[tuple[str, str], bool] = {}
 
     def send(self, ask: TurnAsk, request_id: str) -> TurnTicket:
         """Join the turn a request belongs to, or start one. Never awaits.
@@ -735,6 +767,21 @@ class Turns:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
 
+    async def state_of(self, turn: StoredTurn) -> tuple[TurnState, int]:
+        """The state of a turn and how many of its thread come first, newer than a row that was just read.
+
+        Raises:
+            NotFound: it was deleted with its thread.
+        """
+        run = self._runs.get((turn.org_id, turn.id))
+        now = None if run is None else run.now()
+        if now is not None:
+            return now
+        if turn.state is not TurnState.PENDING:
+            return turn.state, 0
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return turn.state, await self.ledger.position(claim)
+
     def meta_of(self, turn: StoredTurn) -> Mapping[str, Any]:
         """What a turn's stream says of who answers, e.g. that it is the demo."""
         message = turn.assistant_message
@@ -754,18 +801,28 @@ class Turns:
             tickets.remove(ticket)
         if not tickets:
             self._tickets.pop(key, None)
+            self._ended.pop(key, None)
+            self._ended[key] = ticket.withdrawn
+            if len(self._ended) > ENDED_REQUESTS:
+                del self._ended[next(iter(self._ended))]
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw the request of that id, or all if the sender gave several the same.
+    def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw the request of that id, or all if the sender gave several the same; again changes nothing.
+
+        Returns whether it was withdrawn, now or before; False if it had ended by itself.
 
         Raises:
-            NotFound: no such request of this tenant is in progress.
+            NotFound: no such request of this tenant is in progress or ended a moment ago.
         """
-        tickets = self._tickets.get((org_id, request_id))
-        if not tickets:
+        key = (org_id, request_id)
+        tickets = self._tickets.get(key)
+        if tickets:
+            for ticket in list(tickets):
+                ticket.withdraw()
+            return True
+        if key not in self._ended:
             raise NotFound
-        for ticket in list(tickets):
-            ticket.withdraw()
+        return self._ended[key]
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; return it in its final state. A final turn stays as it is.

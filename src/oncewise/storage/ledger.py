@@ -209,7 +209,9 @@ def _admit(
         return Replay(turn) if turn.state.final else Follow(turn)
     place = conn.execute(_PLACE, _in(ask.org_id, ask.thread_id)).one()
     if place.open and ask.on_busy is OnBusy.REJECT:
-        raise ThreadBusy
+        busy = ThreadBusy()
+        busy.turn_id = conn.execute(_FIRST_OPEN, _in(ask.org_id, ask.thread_id)).one().id
+        raise busy
     if place.open > queue_limit:
         raise QueueFull
     claim = TurnClaim(ask.org_id, ask.thread_id, ids(), place.idx, epoch=1)

@@ -56,6 +56,9 @@ class Wire:
     def ready(self):
         return False
 
+    def push(self, chunk):
+        return False
+
     def abort(self):
         self.aborted = True
 

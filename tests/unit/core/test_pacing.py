@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -237,6 +238,106 @@ async def test_whoever_leaves_the_queue_costs_its_neighbours_nothing() -> None:
     assert calls.line.stats() == IDLE
 
 
+@virtual_time
+async def test_a_place_knows_how_many_are_before_it() -> None:
+    """When it joined the queue, and as it moves up; none once it has its permit."""
+    line = pacer()
+    first = line.permit("a")
+    async with first:
+        assert (first.ahead, first.position) == (0, 0)
+        calls = Calls(line)
+        tasks = calls.begin("a", "a", "b")
+        await turns(3)
+        last = line.permit("b")
+        waiting = asyncio.create_task(last.__aenter__())
+        await turns(3)
+        assert (last.ahead, last.position) == (3, 3)
+        await asyncio.sleep(2.5 * SPACING_S)
+        assert (last.ahead, last.position) == (3, 1)
+        await waiting
+        assert (last.ahead, last.position) == (3, 0)
+        await last.__aexit__()
+    await asyncio.gather(*tasks)
+    assert line.stats() == IDLE
+
+
+# -- what the provider says --------------------------------------------------------------------------------------
+
+
+def rates(times: list[float], bounds_s: list[float]) -> list[float]:
+    """Starts a second between these times."""
+    return [
+        round(sum(start_s <= at_s < end_s for at_s in times) / (end_s - start_s), 1)
+        for start_s, end_s in pairwise(bounds_s)
+    ]
+
+
+@virtual_time
+async def test_after_a_refusal_half_of_the_rate_is_used_and_given_back_second_by_second() -> None:
+    """Nothing during the pause, then half, then 5 % more each second, and in ten seconds all of it."""
+    line = pacer(100.0, max_waiting=10_000, max_wait_s=3600.0)
+    calls = Calls(line)
+    tasks = calls.begin(*["acme"] * 2500)
+    await asyncio.sleep(2.0)
+    line.slow_down(began_s=1.9, retry_after_s=3.0)
+    assert line.stats().rate_share == 0.5
+    await asyncio.gather(*tasks)
+    # 100 starts a second are 97 with the guard.
+    seen = rates(calls.times, [0, 2, 5, 6, 10, 15, 20])
+    assert seen == pytest.approx([97, 0, 0.525 * 97, 0.65 * 97, 0.875 * 97, 97], abs=2)
+    assert line.stats().rate_share == 1.0
+
+
+@pytest.mark.parametrize("wait_s", [0.3, 7.0, 25.5])
+@virtual_time
+async def test_what_the_provider_says_is_kept_to_exactly(wait_s: float) -> None:
+    """Not a moment less, and no more than the next start."""
+    line = pacer(10.0)
+    calls = Calls(line)
+    tasks = calls.begin("acme", "acme")
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    line.slow_down(began_s=0.0, retry_after_s=wait_s)
+    await asyncio.gather(*tasks)
+    assert calls.times == pytest.approx([0.0, wait_s])
+
+
+@virtual_time
+async def test_a_provider_that_does_not_say_is_left_alone_for_longer_each_time() -> None:
+    """1 s, doubling to 30 s, until it takes a call; then 1 s again."""
+    line = pacer(1000.0)
+    calls = Calls(line)
+    for refusals in (7, 2):
+        for _ in range(refusals):
+            await calls.make()
+            line.slow_down(calls.times[-1], None)
+        await calls.make()
+        line.accepted(calls.times[-1])
+    gaps = [later - sooner for sooner, later in zip(calls.times, calls.times[1:], strict=False)]
+    assert [round(gap) for gap in gaps] == [1, 2, 4, 8, 16, 30, 30, 0, 1, 2]
+
+
+@virtual_time
+async def test_whoever_waits_for_a_group_can_be_turned_away() -> None:
+    """They alone, at once and with the reason; the others move up, and nothing of theirs is lost."""
+    line = pacer()
+    order: list[str] = []
+
+    async def make(tenant: str, group: str) -> None:
+        async with line.permit(tenant, group):
+            order.append(tenant + group)
+
+    tasks = [asyncio.create_task(make(*each)) for each in ("a1", "a2", "b2", "a1", "b1")]
+    await turns(5)
+    line.turn_away("2", StorageUnavailable(retry_after_s=9.0).failure())
+    await turns(2)
+    assert [type(task.exception()) for task in tasks[1:3]] == [StorageUnavailable] * 2
+    assert tasks[1].exception() is not tasks[2].exception()
+    await asyncio.gather(tasks[0], *tasks[3:])
+    assert order == ["a1", "b1", "a1"]
+    assert virtual_loop().time() == pytest.approx(2 * SPACING_S)
+    assert line.stats() == IDLE
+
+
 def cancel_as_the_permit_comes(task: asyncio.Task[Any]) -> None:
     """Cancel a caller after it was given the next start and before it has woken to take it."""
     loop = asyncio.get_running_loop()
@@ -313,6 +414,36 @@ async def test_the_queue_is_bounded() -> None:
     assert caught.value.retry_after_s == 1.0
     await asyncio.gather(*tasks)
     assert calls.line.stats() == IDLE
+
+
+@virtual_time
+async def test_one_tenant_cannot_fill_the_queue_for_the_others() -> None:
+    """Full, it takes a newcomer of a tenant with less in it, and refuses the newest of the one with most."""
+    calls = Calls(pacer(max_waiting=4, max_wait_s=3600.0))
+    await calls.make("0")
+    greedy = calls.begin(*"aaaa")
+    await turns(2)
+    modest = calls.begin(*"bbc")
+    await turns(3)
+    refused = [task for task in (*greedy, *modest) if task.done()]
+    assert refused == greedy[1:]
+    assert {type(task.exception()) for task in refused} == {QueueFull}
+    assert calls.line.stats().waiting == 4
+    await asyncio.gather(greedy[0], *modest)
+    assert calls.order == "0abcb"
+    assert calls.line.stats() == IDLE
+
+
+@virtual_time
+async def test_a_timeout_during_a_pause_says_when_the_pause_is_over() -> None:
+    """Coming again before it would be in vain."""
+    calls = Calls(pacer(max_wait_s=5.0))
+    calls.line.pause(30.0)
+    (waiting,) = calls.begin("a")
+    await asyncio.wait([waiting])
+    error = waiting.exception()
+    assert isinstance(error, QueueTimeout)
+    assert error.retry_after_s == pytest.approx(25.0)
 
 
 @virtual_time

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderRateLimited
-from oncewise.model import ChatMessage, ChatRequest, FinishReason, Params, Usage
+from oncewise.model import ChatMessage, ChatRequest, CompletionRequest, FinishReason, Params, Usage
 from oncewise.ports import Completion, TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.catalogue import CATALOGUE, Quirks
@@ -122,6 +122,51 @@ async def test_what_is_no_verified_answer_is_an_error(body: str | bytes, code: s
     error = await failure(body)
     assert (error.code, error.retryable) == (code, retryable)
     assert "secret" not in error.detail
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (chunk("", "stop"), True),
+        (chunk(None, "stop", usage={"prompt_tokens": 1, "completion_tokens": 0}) + DONE, True),
+        ("", False),
+        (DONE, False),
+        (chunk("text") + DONE, False),
+        (event({"error": {"code": 500}}), False),
+    ],
+)
+async def test_only_a_whole_answer_without_text_may_be_its_prompts_doing(body: str, expected: bool) -> None:
+    """A tenant must not be able to have a model taken for broken; a broken model must be."""
+    assert (await failure(body)).self_inflicted is expected
+
+
+async def chunks_before_the_end(body: str, n: int) -> tuple[list[dict[str, Any]], OncewiseError | None]:
+    """What was passed on of an answer to a request for `n` choices, and the error that ended it."""
+    provider = OpenAICompatibleProvider("acme", ScriptedTransport([body.encode()]))
+    seen: list[dict[str, Any]] = []
+    try:
+        async for piece in provider.chunks(CompletionRequest("acme", "m1", {"messages": [], "n": n})):
+            seen.append(piece)  # noqa: PERF401  those before an error count
+    except OncewiseError as error:
+        return seen, error
+    return seen, None
+
+
+@pytest.mark.parametrize("body", [chunk("", "stop"), chunk(None) + chunk(None, "stop") + DONE])
+async def test_an_empty_answer_has_no_end_that_could_be_shown(body: str) -> None:
+    """A finish reason looks like a whole answer, whatever follows."""
+    seen, error = await chunks_before_the_end(body, 1)
+    assert isinstance(error, ProviderProtocolError)
+    assert all(choice["finish_reason"] is None for piece in seen for choice in piece["choices"])
+
+
+async def test_the_last_of_several_choices_decides_whether_an_answer_is_empty() -> None:
+    """One of them may well be."""
+    ends = (
+        {"index": index, "delta": {"content": text}, "finish_reason": "stop"} for index, text in ((0, ""), (1, "x"))
+    )
+    seen, error = await chunks_before_the_end("".join(event({"choices": [end]}) for end in ends) + DONE, 2)
+    assert (len(seen), error) == (2, None)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import re
 from dataclasses import replace
 
+from oncewise.core.breaker import BreakerChanged, BreakerState, BreakerStats
 from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.keys import request_key
+from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
 from oncewise.model import CostBasis, RequestRecord, Role
 from oncewise.telemetry.prometheus import Prometheus
@@ -36,7 +38,8 @@ def figures(prometheus: Prometheus) -> dict[str, float]:
 
 
 def make() -> Prometheus:
-    return Prometheus(lambda: CoalescerStats(2, 7, 2, 0), lambda: HubStats(3, 1, 4, 512))
+    lanes = {"acme": (PacerStats(3, 2, 1, 0.5), BreakerStats(open=1, half_open=0, held=2))}
+    return Prometheus(lambda: CoalescerStats(2, 7, 2, 0), lambda: HubStats(3, 1, 4, 512), lambda: lanes)
 
 
 def test_requests_are_counted_by_role_and_outcome():
@@ -89,6 +92,21 @@ def test_gauges_are_read_at_the_scrape():
     assert (seen["oncewise_live_flights"], seen["oncewise_waiters"], seen["oncewise_live_viewers"]) == (2, 7, 4)
 
 
+def test_providers_show_what_is_held_back():
+    """Queue, calls, share of the rate, and breakers counted by state, of every configured provider."""
+    prometheus = make()
+    for state in (BreakerState.OPEN, BreakerState.OPEN, BreakerState.CLOSED):
+        prometheus(BreakerChanged("acme", SECRET, state, 5, 6, 5.0))
+    seen = figures(prometheus)
+    assert seen['oncewise_queue_length{provider="acme"}'] == 3
+    assert seen['oncewise_running_calls{provider="acme"}'] == 2
+    assert seen['oncewise_rate_share{provider="acme"}'] == 0.5
+    assert seen['oncewise_breakers{provider="acme",state="open"}'] == 1
+    assert seen['oncewise_breakers{provider="acme",state="half_open"}'] == 0
+    assert seen['oncewise_breakers{provider="acme",state="held"}'] == 2
+    assert seen['oncewise_breaker_opened_total{provider="acme"}'] == 2
+
+
 def test_the_width_of_a_flight_counts_its_leader():
     """49 followers are 50 requests."""
     prometheus = make()
@@ -101,9 +119,11 @@ def test_no_tenant_and_no_model_becomes_a_label():
     """Labels are bounded, whatever clients send."""
     prometheus = make()
     prometheus(record(Role.LEADER, calls=1))
+    prometheus(BreakerChanged("acme", SECRET, BreakerState.OPEN, 5, 5, 5.0))
     text = prometheus.text().decode()
     assert SECRET not in text
-    assert set(re.findall(r'(\w+)="', text)) <= {"surface", "outcome", "role", "le", "kind", "basis"}
+    labels = {"surface", "outcome", "role", "le", "kind", "basis", "provider", "state"}
+    assert set(re.findall(r'(\w+)="', text)) <= labels
 
 
 def test_other_events_are_ignored():
