@@ -28,6 +28,8 @@ from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
+from oncewise.providers.prices import PublicPrices
+from oncewise.service.accounts import Accounts, Prices
 from oncewise.service.calls import Calls, ProviderLane, remember_s
 from oncewise.service.completions import Completions
 from oncewise.service.keys import Keys
@@ -87,6 +89,7 @@ class Services:
     turns: Turns
     completions: Completions
     metrics: Metrics
+    accounts: Accounts
     keys: Keys
     hub: StreamHub
     prometheus: Prometheus
@@ -152,6 +155,9 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     flights = Coalescer(deadline_s=None, listener=tell)
     prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
     listeners.append(prometheus)
+    metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
+    # Before the calls are: their end may be what a row waits for.
+    opening.push_async_callback(metrics.flush)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
         ledger=ledger,
@@ -162,8 +168,6 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         rules=rules,
         ids=_new_id,
     )
-    metrics = Metrics(SqlRequestLog(database), listener=prometheus)
-    opening.push_async_callback(metrics.flush)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
     keys = Keys(SqlKeyStore(database, ids=_new_id))
@@ -185,6 +189,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         turns,
         completions,
         metrics,
+        Accounts(metrics.record),
         keys,
         hub,
         prometheus,
@@ -206,6 +211,13 @@ def _policies(settings: Settings) -> Policies:
     tenants = {name: Policy(value) for name, value in settings.v1_coalesce_tenants.items()}
     models = {name: Policy(value) for name, value in settings.v1_coalesce_models.items()}
     return Policies(Policy(settings.v1_coalesce), tenants, models)
+
+
+def _prices(settings: Settings) -> Prices:
+    own = {name: (price.input_usd_per_mtok, price.output_usd_per_mtok) for name, price in settings.prices.items()}
+    # With the demo behind every name nothing is paid to anybody.
+    named = {} if settings.demo else settings.providers
+    return Prices(PublicPrices({name: provider.base_url for name, provider in named.items()}), own)
 
 
 def _new_id() -> str:

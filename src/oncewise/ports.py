@@ -45,6 +45,7 @@ __all__ = [
     "Listener",
     "LogEntry",
     "LogTail",
+    "PriceTable",
     "Provider",
     "ProviderEvent",
     "Relay",
@@ -142,6 +143,22 @@ class Provider(Protocol):
 
     async def aclose(self) -> None:
         """Close pooled connections. Calls that still run fail."""
+        ...
+
+
+class PriceTable(Protocol):
+    """Public prices of models, as they came with the installed version: nobody is ever asked for newer ones."""
+
+    def lists(self, provider: str) -> bool:
+        """Whether there may be prices of a configured provider's models. Loads nothing."""
+        ...
+
+    async def load(self) -> None:
+        """Get the prices ready, once, without holding up the event loop. Again does nothing."""
+        ...
+
+    def usd(self, provider: str, model: str, usage: Usage) -> float | None:
+        """What a call of now costs in US dollars; None if the model's price is not known. Loaded before."""
         ...
 
 

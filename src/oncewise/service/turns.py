@@ -43,7 +43,6 @@ from oncewise.model import (
     ChatRequest,
     OnBusy,
     OnDisconnect,
-    RequestRecord,
     Role,
     StoredTurn,
     TurnAsk,
@@ -51,6 +50,7 @@ from oncewise.model import (
     TurnState,
 )
 from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
 from oncewise.service.turn_outcomes import Admitted, TurnResult, done_event, error_event, failure_of
 
@@ -83,6 +83,7 @@ class TurnRun:
 
     Attributes:
         admitted: Set, and announced, once the ledger has decided.
+        leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
         viewed: The run whose log shows the turn: this one, or the one that it follows.
         place: Turns of the thread that come first, as of the last look.
@@ -90,8 +91,9 @@ class TurnRun:
         flight: The flight this is the work of, once it has begun.
     """
 
-    def __init__(self, desk: "Turns", ask: TurnAsk) -> None:
+    def __init__(self, desk: "Turns", ask: TurnAsk, leader_id: str) -> None:
         self.ask = ask
+        self.leader_id = leader_id
         self.admitted: Admitted | None = None
         self.log: StreamLog | None = None
         self.viewed = self
@@ -349,6 +351,11 @@ class TurnRun:
         return self.flight.waiters if self.flight is not None else 0
 
     @property
+    def led_call(self) -> CallRun | None:
+        """The call that this flight leads; None while there is none, or it shares the call of another."""
+        return self._call if self._led_call else None
+
+    @property
     def upstream_calls(self) -> int:
         """Requests this flight made to the provider; 0 while it shares the call of another."""
         return self._call.calls if self._call is not None and self._led_call else 0
@@ -563,9 +570,12 @@ class TurnTicket:
         request_id: What the sender calls the request; `Turns.cancel_request` takes it.
         viewer: Set by whoever streams, so that a withdrawal wakes it.
         withdrawn: Whether the request was cancelled by its id.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
 
-    __slots__ = ("_desk", "_waiter", "ask", "request_id", "run", "viewer", "withdrawn")
+    __slots__ = ("_desk", "_waiter", "accounted", "ask", "request_id", "run", "viewer", "withdrawn")
+
+    surface = "threads"
 
     def __init__(self, desk: "Turns", waiter: Waiter[TurnResult], ask: TurnAsk, request_id: str) -> None:
         run = waiter.flight.work
@@ -575,8 +585,14 @@ class TurnTicket:
         self.run = run
         self.viewer: Viewer | None = None
         self.withdrawn = False
+        self.accounted = False
         self._desk = desk
         self._waiter = waiter
+
+    @property
+    def org_id(self) -> str:
+        """The tenant of the request."""
+        return self.ask.org_id
 
     async def admitted(self) -> Admitted:
         """What is known of the turn; waits until the ledger has decided.
@@ -612,54 +628,40 @@ class TurnTicket:
         """The log of the turn, for streaming; None if it runs in another process or is only stored."""
         return await self.run.viewed.watch()
 
-    def record(
-        self,
-        *,
-        arrived_s: float,
-        ended_s: float,
-        finished_at_ms: int,
-        stream: bool,
-        result: TurnResult | None,
-        error_code: str | None,
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the turn and the call it led have ended if this request led the turn, else at once."""
+        if self._waiter.role is Role.LEADER:
+            self._waiter.flight.after(lambda: self._after_call(tell))
+        else:
+            tell()
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            ended_s: When its answer was ready, by the same clock.
-            finished_at_ms: The same moment for people, in milliseconds since the epoch.
-            stream: Whether the answer was streamed.
-            result: What the request got; None if it failed.
-            error_code: Why it failed.
-        """
-        role, admitted = self.role(), self.run.admitted
+    def _after_call(self, tell: Callable[[], None]) -> None:
+        # It may go on without its turn, for the turns of other threads that share it.
+        call = self.run.led_call
+        if call is None:
+            tell()
+        else:
+            call.flight.after(tell)
+
+    def share(self, result: TurnResult | None) -> Share:
+        """What this request had of its turn."""
+        run, ask, role, admitted = self.run, self.ask, self.role(), self.run.admitted
         leads = role in (Role.LEADER, Role.BYPASS)
-        calls = self.run.upstream_calls if leads else 0
-        usage = result.stored.usage if result is not None else None
-        tokens = usage.total_tokens if usage is not None else 0
-        cost_usd = (result.cost_usd if result is not None else None) or 0.0
-        first_s = result.first_delta_s if result is not None else None
-        return RequestRecord(
-            request_id=self.request_id,
-            org_id=self.ask.org_id,
-            surface="threads",
+        call = run.led_call if leads else None
+        bill = call.bill if call is not None else None if result is None else _bill_of(result.stored)
+        shown = None if result is None else result.stored.call_id
+        return Share(
             role=role,
-            stream=stream,
-            provider=self.ask.provider,
-            model=self.ask.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if result is None else max(0.0, ((first_s or ended_s) - arrived_s) * 1000),
-            queue_wait_ms=self.run.queue_wait_ms if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if usage is not None and calls else 0,
-            completion_tokens=usage.completion_tokens if usage is not None and calls else 0,
-            upstream_calls=calls,
-            tokens_saved=0 if calls else tokens,
-            cost_usd=cost_usd if calls else 0.0,
-            cost_saved_usd=0.0 if calls else cost_usd,
-            error_code=error_code,
-            turn_id=admitted.turn_id if admitted is not None else None,
-            call_id=result.stored.call_id if result is not None else None,
+            provider=ask.provider,
+            model=ask.model,
+            bill=bill,
+            pays=call is not None,
+            calls=0 if call is None else call.calls,
+            first_s=None if result is None else result.first_delta_s,
+            queue_wait_ms=run.queue_wait_ms if leads else 0.0,
+            leader_id=None if role is Role.REPLAYED else run.viewed.leader_id,
+            turn_id=None if admitted is None else admitted.turn_id,
+            call_id=shown if call is None else call.call_id,
         )
 
     def withdraw(self) -> None:
@@ -680,6 +682,12 @@ class TurnTicket:
     ) -> None:
         self._waiter.leave()
         self._desk.forget(self)
+
+
+def _bill_of(turn: StoredTurn) -> Bill:
+    message = turn.assistant_message
+    said = None if message is None else message.model
+    return Bill(turn.ask.provider, turn.ask.model, turn.usage, turn.cost_usd, said)
 
 
 class Turns:
@@ -722,7 +730,7 @@ class Turns:
         key = self._identity(ask)
         waiter = self.flights.follow(key)
         if waiter is None:
-            waiter = self.flights.join(key, TurnRun(self, ask))
+            waiter = self.flights.join(key, TurnRun(self, ask, request_id))
         ticket = TurnTicket(self, waiter, ask, request_id)
         self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
         return ticket

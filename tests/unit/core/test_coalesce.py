@@ -184,6 +184,32 @@ async def test_waiters_wake_in_the_order_they_came() -> None:
 
 
 @virtual_time
+@pytest.mark.parametrize("ending", ["value", "error", "dropped", "cancelled", "closed"])
+async def test_what_comes_after_a_flight_comes_after_every_ending(ending: str) -> None:
+    """Once, with the outcome there to be read; at once if it has landed. Work that never began is no exception."""
+    flights, work = Coalescer(), Held()
+    waiter: Waiter[Any] = flights.join("key", work)
+    seen: list[bool] = []
+    waiter.flight.after(lambda: seen.append(waiter.flight.outcome is not None))
+    if ending != "dropped":
+        await turns()
+    if ending == "value":
+        work.end(1)
+    elif ending == "error":
+        work.fail(ProviderError())
+    elif ending == "cancelled":
+        flights.cancel(waiter.flight, TurnCancelled().failure())
+    elif ending == "dropped":
+        waiter.leave()
+    else:
+        await flights.aclose()
+    await turns(3)
+    assert seen == [True]
+    waiter.flight.after(lambda: seen.append(True))
+    assert seen == [True, True]
+
+
+@virtual_time
 async def test_the_first_caller_may_leave() -> None:
     """The leader's task is cancelled; the other three get the value of the same call (C07)."""
     flights, work = Coalescer(), Held()
