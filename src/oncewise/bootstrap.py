@@ -45,6 +45,7 @@ from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Lanes", "Services", "open_services"]
 
@@ -120,8 +121,13 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder) -> Services:
+async def open_services(settings: Settings, encoder: Encoder, figures: SharedFigures | None = None) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
+
+    Args:
+        settings: What to serve with.
+        encoder: How events look on the wire.
+        figures: What this process shares with the other workers of its server; closed with the services.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
@@ -129,10 +135,14 @@ async def open_services(settings: Settings, encoder: Encoder) -> Services:
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
-        return await _wire(settings, encoder, opening)
+        if figures is not None:
+            opening.callback(figures.close)
+        return await _wire(settings, encoder, opening, figures)
 
 
-async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -> Services:
+async def _wire(
+    settings: Settings, encoder: Encoder, opening: AsyncExitStack, figures: SharedFigures | None
+) -> Services:
     owner = _new_id()
     database = await open_sqlite(_sqlite_path(settings.database_url), owner=owner)
     opening.push_async_callback(database.aclose)
@@ -146,7 +156,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     lanes = _lanes(settings, opening, tell)
     hub = StreamHub(encoder, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
     listeners.append(prometheus)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
@@ -159,6 +169,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         ids=_new_id,
     )
     metrics = Metrics(SqlRequestLog(database), listener=prometheus)
+    opening.callback(prometheus.publish)
     opening.push_async_callback(metrics.flush)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
@@ -173,7 +184,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         listener=tell,
     )
     await ledger.sweep(dead_owners=await database.dead_owners())
-    for beside in (metrics.run(), keys.run(), _sweep(ledger, database, settings.lease_s)):
+    for beside in (metrics.run(then=prometheus.publish), keys.run(), _sweep(ledger, database, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,
