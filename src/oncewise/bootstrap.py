@@ -47,6 +47,7 @@ from oncewise.storage.requests import SqlRequestLog
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Lanes", "Services", "open_services"]
 
@@ -127,8 +128,13 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder) -> Services:
+async def open_services(settings: Settings, encoder: Encoder, figures: SharedFigures | None = None) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
+
+    Args:
+        settings: What to serve with.
+        encoder: How events look on the wire.
+        figures: What this process shares with the other workers of its server; closed with the services.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
@@ -136,10 +142,14 @@ async def open_services(settings: Settings, encoder: Encoder) -> Services:
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
-        return await _wire(settings, encoder, opening)
+        if figures is not None:
+            opening.callback(figures.close)
+        return await _wire(settings, encoder, opening, figures)
 
 
-async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -> Services:
+async def _wire(
+    settings: Settings, encoder: Encoder, opening: AsyncExitStack, figures: SharedFigures | None
+) -> Services:
     owner = _new_id()
     database = await open_database(settings, owner=owner)
     opening.push_async_callback(database.aclose)
@@ -153,9 +163,10 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     lanes = _lanes(settings, opening, tell)
     hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
     listeners.append(prometheus)
     metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
+    opening.callback(prometheus.publish)
     # Before the calls are: their end may be what a row waits for.
     opening.push_async_callback(metrics.flush)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
@@ -181,7 +192,8 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         listener=tell,
     )
     await _resolve_lost(ledger, database)
-    for beside in (metrics.run(), keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
+    shared = metrics.run(then=prometheus.publish)
+    for beside in (shared, keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,

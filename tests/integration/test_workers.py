@@ -447,6 +447,37 @@ async def test_a_key_that_is_made_or_revoked_is_known_to_all_workers(fake: FakeP
                 await asyncio.sleep(0.05)
 
 
+def sample(text: str, name: str) -> float:
+    (line,) = (line for line in text.splitlines() if line.startswith(name))
+    return float(line.rpartition(" ")[2])
+
+
+async def test_figures_are_those_of_all_workers(fake: FakeProvider, tmp_path: Path) -> None:
+    """What one answered, another counts a third of a second later; what a killed one counted is not forgotten."""
+    async with serve_workers(tmp_path, fake) as fleet:
+        here, there = fleet.workers
+        thread = await here.thread()
+        for number in range(3):
+            assert (await here.say(thread, f"Hello {number}", model="n2")).status == 200
+        assert (await there.say(thread, "And you", model="n2")).status == 200
+        said = {"content": "Hello", "model": "n80-gap20"}
+        async with watching(here, f"/api/threads/{await here.thread()}/messages/stream", said) as stream:
+            await stream.until("delta")
+            await asyncio.sleep(0.35)
+            performance = (await there.ask("GET", "/api/metrics/performance?last_n=100", headers=())).json()
+            scrape = (await there.ask("GET", "/metrics", headers=())).body.decode()
+        assert performance["total_requests"] == 4
+        assert performance["upstream"]["calls"] == 4
+        assert sample(scrape, 'oncewise_requests_total{outcome="ok",surface="threads"}') == 4
+        assert sample(scrape, "oncewise_upstream_calls_total") == 4
+        assert sample(scrape, "oncewise_live_flights ") == sample(scrape, "oncewise_live_viewers ") == 1
+        here.process.kill()
+        await fleet.replaced(here.process)
+        scrape = (await there.ask("GET", "/metrics", headers=())).body.decode()
+        assert sample(scrape, "oncewise_upstream_calls_total") == 4
+        assert sample(scrape, "oncewise_live_viewers ") == 0
+
+
 async def redis(folder: Path, *words: str) -> bytes:
     reader, writer = await asyncio.open_unix_connection(folder / "valkey.sock")
     writer.write(" ".join(words).encode() + b"\r\n")

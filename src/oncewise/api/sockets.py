@@ -1,7 +1,7 @@
 """Listening sockets: for one server process, or a set for several on one port.
 
 Several processes get a socket each (`SO_REUSEPORT`), between which the kernel spreads connections evenly. On one shared
-socket whoever wakes first takes all that waits: of 50 connections at once the busier of two workers got 45, not 27
+socket whoever wakes first takes all that waits: of 50 connections at once the busier of two workers got 44, not 27
 (docs/decisions/0045).
 
 Deliberately absent: who accepts (`oncewise.api.server`), and every import but the standard library's: the supervisor

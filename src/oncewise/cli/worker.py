@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from signal import SIGTERM
 from types import FrameType
 from typing import Any, NoReturn
@@ -30,6 +31,7 @@ from oncewise.cli.keys import any_key
 from oncewise.cli.start_up import log_to_terminal
 from oncewise.errors import OncewiseError
 from oncewise.settings import Settings, is_loopback
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["main"]
 
@@ -165,9 +167,11 @@ def main() -> None:
     except OncewiseError as error:
         leash.refuse(error.detail)
 
+    figures = SharedFigures(Path(brief["folder"]) / "figures", str(brief["slot"]))
+
     async def open_all() -> Services:
         try:
-            return await open_services(settings, SseEncoder())
+            return await open_services(settings, SseEncoder(), figures)
         except OncewiseError as error:
             leash.refuse(error.detail)
 
