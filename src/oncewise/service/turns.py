@@ -114,6 +114,7 @@ class TurnRun:
         self._showing = asyncio.Lock()
         self._started_s = 0.0
         self._queue_wait_s = 0.0
+        self._leased_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -139,6 +140,7 @@ class TurnRun:
 
     async def _admit(self) -> Admission:
         rules = self._desk.rules
+        self._leased_s = asyncio.get_running_loop().time()
         admitting = asyncio.ensure_future(
             self._desk.ledger.admit(
                 self.ask,
@@ -197,6 +199,7 @@ class TurnRun:
         while not turn.state.final:
             if turn.lease_lapsed:
                 claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
+                self._leased_s = asyncio.get_running_loop().time()
                 taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
                 if taken is not None:
                     return await self._take_over(taken)
@@ -384,11 +387,11 @@ class TurnRun:
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
-        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
-        kept_s = loop.time()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 10)
+        kept_s = self._leased_s
         alive = True
         while alive:
-            await asyncio.sleep(rules.lease_s / 3)
+            await asyncio.sleep(min(rules.lease_s / 3, max(0.0, kept_s + safe_s - loop.time())))
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
