@@ -8,6 +8,7 @@ import sqlite3
 
 import pytest
 
+from oncewise.api.limits import Limits
 from tests.support.fake_provider import FakeProvider
 from tests.support.http import JSON, ORG, parse_reply, read_events, serve
 from tests.support.scripted import ScriptedProvider
@@ -217,6 +218,28 @@ async def test_the_demo_says_so_in_every_meta(tmp_path):
         assert watch.text == live.text
     assert replayed.events[1].data["role"] == "replayed"
     assert "demo" not in other.events[1].data
+
+
+async def test_a_stream_that_waits_in_a_queue_is_never_silent_for_long(tmp_path):
+    """Behind a proxy that cuts silent connections it lives to its end; so does a viewer of the queued turn."""
+    provider = ScriptedProvider(held=True)
+    async with serve(tmp_path, provider, limits=Limits(hold_s=0.1, ping_s=0.1)) as site:
+        thread = await site.thread()
+        asked = asyncio.create_task(site.say(thread, "First"))
+        await provider.started.wait()
+        async with watching(site, stream_of(thread), {"content": "Waits"}) as caller:
+            async with watching(site, f"/api/threads/{thread}/turns/{caller.turn_id}/stream") as viewer:
+                for _ in range(8):
+                    for watch in (caller, viewer):
+                        async with asyncio.timeout(1.0):
+                            await watch.until("ping")
+                provider.go.set()
+                await asyncio.gather(caller.rest(), viewer.rest())
+        await asked
+
+    for watch in (caller, viewer):
+        assert names(watch.events)[:3] == ["ping", "meta", "ping"]
+        assert terminal(watch.events).data["state"] == "completed"
 
 
 async def test_a_request_that_comes_too_early_waits_for_the_end_of_the_stream(tmp_path):
