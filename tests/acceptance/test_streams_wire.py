@@ -127,26 +127,45 @@ async def test_an_emoji_cut_in_two_between_deltas_is_whole_everywhere(fake, tmp_
 
 
 class HeldLedger:
-    """The real ledger, whose commits wait for `go`."""
+    """The real ledger, of which one method waits for `go`."""
 
-    def __init__(self, ledger):
+    def __init__(self, ledger, method):
         self._ledger = ledger
+        self._method = method
         self.go = asyncio.Event()
-        self.commits = 0
-
-    async def commit(self, claim, answer):
-        self.commits += 1
-        await self.go.wait()
-        return await self._ledger.commit(claim, answer)
+        self.calls = 0
 
     def __getattr__(self, name):
-        return getattr(self._ledger, name)
+        method = getattr(self._ledger, name)
+
+        async def held(*args, **kwargs):
+            self.calls += 1
+            await self.go.wait()
+            return await method(*args, **kwargs)
+
+        return held if name == self._method else method
+
+
+async def test_text_is_shown_after_the_turn_is_marked_visible(tmp_path):
+    """Else a turn that was shown could be called for again, and its text be replaced."""
+    async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
+        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "mark_visible")
+        async with watching(site, stream_of(await site.thread()), {"content": "Hello"}) as watch:
+            await until(lambda: ledger.calls)
+            first = asyncio.create_task(watch.until("delta"))
+            shown, _ = await asyncio.wait([first], timeout=0.3)
+            ledger.go.set()
+            await first
+            await watch.rest()
+
+    assert shown == set()
+    assert (watch.text, ledger.calls) == ("ab", 1)
 
 
 async def test_done_comes_after_the_commit(tmp_path):
     """Nobody is told before, in a stream or as JSON; who has `done` finds the pair from another connection."""
     async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
-        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger)
+        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "commit")
         thread = await site.thread()
         said = {"content": "Hello"}
         async with (
@@ -155,7 +174,7 @@ async def test_done_comes_after_the_commit(tmp_path):
             watching(site, f"/api/threads/{thread}/stream") as viewer,
         ):
             asked = asyncio.create_task(site.say(thread))
-            await until(lambda: ledger.commits)
+            await until(lambda: ledger.calls)
             ends = [asyncio.create_task(watch.until("done")) for watch in (first, second, viewer)]
             told, _ = await asyncio.wait([asked, *ends], timeout=0.3)
             before = messages_in(tmp_path / "ow.db")
@@ -227,14 +246,15 @@ async def test_a_stream_that_waits_in_a_queue_is_never_silent_for_long(tmp_path)
         thread = await site.thread()
         asked = asyncio.create_task(site.say(thread, "First"))
         await provider.started.wait()
-        async with watching(site, stream_of(thread), {"content": "Waits"}) as caller:
-            async with watching(site, f"/api/threads/{thread}/turns/{caller.turn_id}/stream") as viewer:
-                for _ in range(8):
-                    for watch in (caller, viewer):
-                        async with asyncio.timeout(1.0):
-                            await watch.until("ping")
-                provider.go.set()
-                await asyncio.gather(caller.rest(), viewer.rest())
+        async with (
+            watching(site, stream_of(thread), {"content": "Waits"}) as caller,
+            watching(site, f"/api/threads/{thread}/turns/{caller.turn_id}/stream") as viewer,
+        ):
+            for watch in (caller, viewer) * 8:
+                async with asyncio.timeout(1.0):
+                    await watch.until("ping")
+            provider.go.set()
+            await asyncio.gather(caller.rest(), viewer.rest())
         await asked
 
     for watch in (caller, viewer):
