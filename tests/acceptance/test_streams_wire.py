@@ -211,6 +211,32 @@ async def test_a_late_viewer_gets_one_frame_of_what_it_missed_then_each_delta(tm
     assert terminal(late.events).id == terminal(first.events).id == "1-51"
 
 
+async def test_ten_who_come_at_different_moments_end_with_the_same(fake, tmp_path):
+    """Whoever asks, watches or resumes, whenever; one call, and the text is the stored one."""
+    async with serve_openai(tmp_path, fake, "n60-gap15-u2028") as site:
+        thread = await site.thread()
+
+        async def watch(number, turn=None):
+            await asyncio.sleep(0.09 * number)
+            paths = [stream_of(thread), f"/api/threads/{thread}/stream", f"/api/threads/{thread}/turns/{turn}/stream"]
+            body = {"content": "Hello"} if number % 3 == 0 else None
+            async with watching(site, paths[number % 3], body) as stream:
+                await stream.rest()
+            return stream
+
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as first:
+            others = await asyncio.gather(*(watch(number, first.turn_id) for number in range(1, 10)))
+            await first.rest()
+        stored = await site.messages(thread)
+
+    for other in others:
+        assert (other.turn_id, other.text) == (first.turn_id, first.text)
+        assert terminal(other.events) == terminal(first.events)
+    assert stored[1] == ("assistant", first.text)
+    assert len({names(other.events).count("delta") for other in others}) > 3
+    assert fake.count == 1
+
+
 async def test_the_demo_says_so_in_every_meta(tmp_path):
     """Live, joined, resumed from the log and from the row; a real provider's stream does not carry the word."""
     async with serve(tmp_path, demo=True, demo_latency_ms=300, demo_rps=1000, log_retention_s=0.3) as site:
