@@ -1,8 +1,8 @@
 """Figures for Prometheus: counters that finished requests move, and gauges read when somebody looks.
 
 Label sets are bounded: surface, role, outcome, kind, basis, configured provider, state. Never a tenant, a thread, a key
-or a model that a client names; those would make a time series each. Breakers belong to a model each, so they are counted
-by state.
+or a model that a client names; those would make a time series each. Breakers belong to a model each, so they are
+counted by state.
 
 Deliberately absent: several processes. One registry belongs to one server process.
 """
