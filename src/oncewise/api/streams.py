@@ -39,9 +39,11 @@ class Streams:
     def __init__(self, messages: Messages) -> None:
         self._messages = messages
         self._open: dict[EventStream, Exchange] = {}
+        self._stopped = False
 
     def stop(self) -> None:
-        """End every open stream where it is; clients may resume."""
+        """End every open stream where it is, and each that is still to be opened; clients may resume."""
+        self._stopped = True
         for stream in list(self._open):
             stream.stop()
 
@@ -60,6 +62,8 @@ class Streams:
         try:
             # Again: what was valid when the request came may have been revoked before its stream was open.
             exchange.tenant()
+            if self._stopped:
+                stream.stop()
             yield stream
         finally:
             del self._open[stream]

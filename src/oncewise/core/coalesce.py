@@ -404,6 +404,16 @@ class Coalescer:
         flight = self._look_up(key)
         return None if flight is None else self._board(flight, Role.FOLLOWER)
 
+    def follow_flight(self, flight: Flight[T]) -> Waiter[T] | None:
+        """Join this very flight; None if it can be joined no more: it has landed, or is being cancelled.
+
+        By its key another could be met that has come in its place, even the one that asks.
+
+        Raises:
+            Overloaded, ReentrantFlight, WrongLoop: as `join`.
+        """
+        return self._board(flight, Role.FOLLOWER) if self._look_up(flight.key) is flight else None
+
     def forget(self, key: Hashable) -> None:
         """Let later requests for `key` start anew. A running flight still answers those who wait for it."""
         flight = self._table.get(key)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from oncewise.core.coalesce import Coalescer, Flight, Waiter
 from oncewise.core.keys import RequestKey, request_key
-from oncewise.core.stream_hub import StreamHub
+from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.errors import ProviderProtocolError, StorageFull, StorageUnavailable, UnknownProvider
 from oncewise.model import ChatRequest, TurnClaim, Usage
 from oncewise.ports import CallRecord, Completion, TextDelta, TurnLedger
@@ -62,7 +62,7 @@ class CallRun(Attempts[CallResult]):
     ) -> None:
         super().__init__(lane, org_id, request.model, calls.chance)
         self.call_id = calls.ids()
-        self.log = calls.logs.open((org_id, self.call_id))
+        self.log = StreamLog(calls.logs, (org_id, self.call_id))
         self._desk = calls
         self._request = request
         self._origin = origin
@@ -93,6 +93,8 @@ class CallRun(Attempts[CallResult]):
         Raises:
             OncewiseError: as `Attempts.run` and `TurnLedger.record_call`.
         """
+        # Not sooner: a flight that is dropped before its first step would leave its log behind.
+        self._desk.logs.hold(self.log)
         try:
             return await self.run(flight)
         finally:

@@ -88,6 +88,7 @@ class TurnRun:
         viewed: The run whose log shows the turn: this one, or the one that it follows.
         place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
+        flight: The flight this is the work of, once it has begun.
     """
 
     def __init__(self, desk: "Turns", ask: TurnAsk, leader_id: str) -> None:
@@ -98,9 +99,8 @@ class TurnRun:
         self.viewed = self
         self.ended = asyncio.Event()
         self.place = 0
-        self.key: RequestKey | None = None
+        self.flight: Flight[TurnResult] | None = None
         self._desk = desk
-        self._flight: Flight[TurnResult] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._claim: TurnClaim | None = None
         self._call: CallRun | None = None
@@ -123,7 +123,7 @@ class TurnRun:
         Raises:
             OncewiseError: whatever ended the turn; it has been stored and told to the viewers before.
         """
-        self._flight = flight
+        self.flight = flight
         self._task = asyncio.current_task()
         self._started_s = asyncio.get_running_loop().time()
         while True:
@@ -161,8 +161,8 @@ class TurnRun:
         ask = self.ask
         meta = self._desk.calls.lane(ask.provider).meta
         self.admitted = Admitted(turn_id, ask.thread_id, role, state, epoch, position, ask.provider, ask.model, meta)
-        if self._flight is not None:
-            self._flight.announce()
+        if self.flight is not None:
+            self.flight.announce()
 
     def _replay(self, turn: StoredTurn, role: Role) -> TurnResult:
         self._announce(turn.id, role, turn.state, turn.epoch, 0)
@@ -171,14 +171,12 @@ class TurnRun:
         return TurnResult(turn)
 
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
-        """The outcome of a turn that another flight leads; None if that is being stopped: the ledger is asked anew."""
+        """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None:
+        if run is None or run.flight is None:
             return await self._follow_row(turn)
-        waiter = None if run.key is None or run.stopping else self._desk.flights.follow(run.key)
-        if waiter is None or waiter.flight.work is not run:
-            if waiter is not None:
-                waiter.leave()
+        waiter = self._desk.flights.follow_flight(run.flight)
+        if waiter is None:
             await run.ended.wait()
             return None
         self.viewed = run
@@ -186,8 +184,7 @@ class TurnRun:
         self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, position)
         try:
             with waiter:
-                leading: TurnResult = await waiter.result()
-                return leading
+                return await waiter.result()
         finally:
             if self._stop is not None and waiter.flight.waiters == 0:
                 run.stop(self._stop)
@@ -248,7 +245,8 @@ class TurnRun:
         finally:
             beat.cancel()
             if self.log is not None:
-                # Whatever went wrong on the way: viewers of a log that nobody writes any more would wait for ever.
+                # Ended long ago, unless the row could not be read, is gone with its thread, or something else went
+                # wrong: then its viewers end where they are, and are told when they resume.
                 self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
@@ -285,9 +283,9 @@ class TurnRun:
 
     def _call_started(self) -> None:
         self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
-        if self._flight is not None:
-            self._flight.mark_running()
-            self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
+        if self.flight is not None:
+            self.flight.mark_running()
+            self.flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
 
     async def _copy(self, call: CallRun) -> None:
         """Bring the call's text into the turn's log as it comes."""
@@ -350,7 +348,7 @@ class TurnRun:
     @property
     def requesters(self) -> int:
         """How many requests wait for this turn."""
-        return self._flight.waiters if self._flight is not None else 0
+        return self.flight.waiters if self.flight is not None else 0
 
     @property
     def led_call(self) -> CallRun | None:
@@ -386,20 +384,24 @@ class TurnRun:
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
         kept_s = loop.time()
-        while True:
+        alive = True
+        while alive:
             await asyncio.sleep(rules.lease_s / 3)
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
-                alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+                # Not longer: a database that says nothing does not keep the lease either.
+                async with asyncio.timeout_at(kept_s + safe_s):
+                    alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+            except TimeoutError:
+                alive = False
             except (StorageUnavailable, StorageFull):
-                alive = loop.time() - kept_s < rules.lease_s - 1.0
+                alive = loop.time() - kept_s < safe_s
             else:
                 kept_s = asked_s
-            if not alive:
-                self._fence()
-                return
+        self._fence()
 
     def _fence(self) -> None:
         # Once, and not while the end is being written: a cancel there would leave it untold.
@@ -414,17 +416,12 @@ class TurnRun:
         """The turn's place in its thread; -1 before it is known."""
         return self._claim.idx if self._claim is not None else -1
 
-    @property
-    def stopping(self) -> bool:
-        """Whether this run is being stopped, so that nobody should join it."""
-        return self._stop is not None or self.ended.is_set()
-
     def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
-        if self._stop is None and not self.ended.is_set() and self._flight is not None:
+        if self._stop is None and not self.ended.is_set() and self.flight is not None:
             self._stop = failure
             self._keep_partial = keep_partial
-            self._desk.flights.cancel(self._flight, failure)
+            self._desk.flights.cancel(self.flight, failure)
 
     async def _commit(self, claim: TurnClaim, call: CallResult) -> TurnResult:
         completion = call.completion
@@ -452,7 +449,6 @@ class TurnRun:
             queue_wait_ms=self.queue_wait_ms,
             queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
-            cost_usd=completion.cost_usd,
         )
 
     async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
@@ -733,9 +729,7 @@ class Turns:
         key = self._identity(ask)
         waiter = self.flights.follow(key)
         if waiter is None:
-            run = TurnRun(self, ask, request_id)
-            run.key = key
-            waiter = self.flights.join(key, run)
+            waiter = self.flights.join(key, TurnRun(self, ask, request_id))
         ticket = TurnTicket(self, waiter, ask, request_id)
         self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
         return ticket

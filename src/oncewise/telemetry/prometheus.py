@@ -4,7 +4,7 @@ Label sets are bounded: surface, role, outcome, kind, basis, configured provider
 or a model that a client names; those would make a time series each. Breakers belong to a model each, so they are
 counted by state.
 
-Deliberately absent: several processes. One registry belongs to one server process.
+Deliberately absent: how the figures of several workers add up (`oncewise.telemetry.shared_figures`).
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
 from oncewise.model import RequestRecord
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Prometheus"]
 
@@ -74,9 +75,17 @@ class Prometheus:
         flights: What the turn flights hold now.
         hub: What the stream hub holds now.
         lanes: What the pacer and the breakers of each configured provider hold now.
+        shared: Where the figures of all workers are; None for a server of one process.
     """
 
-    def __init__(self, flights: Callable[[], CoalescerStats], hub: Callable[[], HubStats], lanes: Lanes = dict) -> None:
+    def __init__(
+        self,
+        flights: Callable[[], CoalescerStats],
+        hub: Callable[[], HubStats],
+        lanes: Lanes = dict,
+        shared: SharedFigures | None = None,
+    ) -> None:
+        self._shared = shared
         self._registry = CollectorRegistry()
         self._registry.register(_Held(flights, hub, lanes))
         registry = self._registry
@@ -149,6 +158,12 @@ class Prometheus:
         if record.cost_basis is not None:
             self._cost.labels(record.cost_basis.value).inc(record.cost_usd)
 
+    def publish(self) -> None:
+        """Let the other workers know this one's figures."""
+        if self._shared is not None:
+            self._shared.publish(self._registry.collect)
+
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """All figures, of all workers, in Prometheus' text format. Those of others are as of their last `publish`."""
+        self.publish()
+        return generate_latest(self._shared or self._registry)
