@@ -452,7 +452,6 @@ class TurnRun:
             queue_wait_ms=self.queue_wait_ms,
             queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
-            cost_usd=completion.cost_usd,
         )
 
     async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
