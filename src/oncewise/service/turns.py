@@ -16,6 +16,7 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -197,20 +198,20 @@ class TurnRun:
         self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
         wait_s = self._desk.rules.poll_s
         while not turn.state.final:
+            claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
             if turn.lease_lapsed:
-                claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
                 self._leased_s = asyncio.get_running_loop().time()
                 taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
                 if taken is not None:
                     return await self._take_over(taken)
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, 0.5)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
+            turn = await self._patiently(partial(self._row, claim))
         return self._replay(turn, Role.FOLLOWER)
 
     async def _take_over(self, claim: TurnClaim) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
-        turn = await self._row(claim)
+        turn = await self._patiently(lambda: self._row(claim))
         if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
@@ -277,7 +278,7 @@ class TurnRun:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
             # Turns of this process wake us; those of another are seen by looking.
             await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = self.place = await self._desk.ledger.position(claim)
+            position = self.place = await self._patiently(lambda: self._desk.ledger.position(claim))
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -455,7 +456,7 @@ class TurnRun:
         )
 
     async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Tell the ledger what it must know before anybody else; a database that is away may come back.
+        """Tell the ledger, or ask it, what cannot be done without; a database that is away may come back.
 
         Raises:
             NotPersisted: it did not.
