@@ -38,7 +38,8 @@ ASK_SLOWLY_S = 2.5
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-Answerer = Callable[[Mapping[str, Any]], Mapping[str, Any] | None]
+Hearer = Callable[[Signal], None]
+Answerer = Callable[[Signal], Mapping[str, Any] | None]
 
 
 class Led(Protocol):
@@ -185,8 +186,14 @@ class Fleet:
         self._errands = Errands()
         self._led: dict[str, _Leading] = {}
         self._following: dict[str, list[Following]] = {}
-        self._answerers: dict[str, Answerer] = {}
-        self._hearers: dict[str, Callable[[Signal], None]] = {}
+        self._hearers: dict[str, Hearer] = {
+            "follow": self._followed,
+            "let_go": self._let_go,
+            "leave": self._left,
+            "ended": self._told_end,
+            "answer": self._answered,
+        }
+        self.answer("stop", self._stop)
         self._asked: dict[str, asyncio.Queue[Mapping[str, Any]]] = {}
         self._numbers = iter(range(1, 2**62))
         for signals in (self._quick, self._slow):
@@ -225,8 +232,7 @@ class Fleet:
     def ended(self, name: str, work: Led, *, linger_s: float = 0.0) -> None:
         """Tell those who follow that there is an end to be read.
 
-        Args:
-            linger_s: For how long who comes late may still be told the log; for work that is stored nowhere.
+        Who comes late may still be told the log for `linger_s` seconds, where it is the only place of the end.
         """
         leading = self._led.get(name)
         if leading is None or leading.work is not work:
@@ -388,33 +394,26 @@ class Fleet:
 
     def answer(self, kind: str, answerer: Answerer) -> None:
         """Answer what others ask of a kind: with values, or with None for no."""
-        self._answerers[kind] = answerer
+        self._hearers[kind] = lambda signal: self._reply(signal, answerer(signal))
 
-    def hear(self, kind: str, hearer: Callable[[Signal], None]) -> None:
+    def hear(self, kind: str, hearer: Hearer) -> None:
         """Be told of words of a kind."""
         self._hearers[kind] = hearer
 
     def _hear(self, signal: Signal) -> None:
-        match signal.kind:
-            case "follow":
-                self._followed(signal)
-            case "let_go":
-                self._let_go(signal)
-            case "leave":
-                self._left(signal)
-            case "stop":
-                self._reply(signal, self._stop(signal))
-            case "ended":
-                for following in list(self._following.get(signal.name, ())):
-                    following.ended()
-            case "answer":
-                asked = self._asked.get(signal.name)
-                if asked is not None:
-                    asked.put_nowait({**signal.data, "sender": signal.sender})
-            case kind if kind in self._answerers:
-                self._reply(signal, self._answerers[kind](signal.data))
-            case kind if kind in self._hearers:
-                self._hearers[kind](signal)
+        hearer = self._hearers.get(signal.kind)
+        # A worker of another version may say what this one does not know.
+        if hearer is not None:
+            hearer(signal)
+
+    def _told_end(self, signal: Signal) -> None:
+        for following in list(self._following.get(signal.name, ())):
+            following.ended()
+
+    def _answered(self, signal: Signal) -> None:
+        asked = self._asked.get(signal.name)
+        if asked is not None:
+            asked.put_nowait({**signal.data, "sender": signal.sender})
 
     def _reply(self, signal: Signal, answer: Mapping[str, Any] | None) -> None:
         number = signal.data.get("ask")

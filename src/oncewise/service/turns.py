@@ -28,7 +28,6 @@ from oncewise.errors import (
     FlightCancelled,
     FlightFailed,
     LeaderLost,
-    NotFound,
     NotPersisted,
     OncewiseError,
     QueueTimeout,
@@ -51,7 +50,7 @@ from oncewise.model import (
     TurnClaim,
     TurnState,
 )
-from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.ports import Admission, Follow, Lead, Replay, Signal, TurnLedger
 from oncewise.service.calls import CallResult, CallRun, Calls
 from oncewise.service.fleet import Fleet
 from oncewise.service.remote_turns import RemoteTurn, RemoteTurns, turn_name
@@ -852,8 +851,8 @@ class Turns:
             return True
         return self._ended.get(key)
 
-    def _withdraw(self, asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        withdrawn = self._withdraw_here(str(asked["org"]), str(asked["request"]))
+    def _withdraw(self, asked: Signal) -> Mapping[str, Any] | None:
+        withdrawn = self._withdraw_here(str(asked.data["org"]), str(asked.data["request"]))
         return None if withdrawn is None else {"withdrawn": withdrawn}
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
@@ -924,6 +923,7 @@ class Turns:
         """Take nothing on, let turns run on for `drain_s` seconds, hand the rest back."""
         self.closing = True
         await self.flights.aclose(drain_s)
+        await self.remotes.aclose()
 
     # -- for runs ------------------------------------------------------------------------------------------------
 
