@@ -171,7 +171,7 @@ async def test_a_follower_hears_of_the_end_at_once(quick):
 
 
 async def test_a_remote_stream_equals_the_leaders_byte_for_byte(quick):
-    """Deltas with their ids, the note at the first token, and the end: of a follower, of a viewer, and of a late one."""
+    """Deltas with their ids, the note at the first token, and the end: a follower, a viewer, and a late one."""
     quick.provider.gap_s = 0.02
     thread = await quick.lead.thread()
     leading = await stream(quick.lead, thread)
