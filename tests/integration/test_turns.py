@@ -694,23 +694,23 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
     callers = [asyncio.create_task(caller(f"c{number}")) for number in range(3)]
     await held.provider.started.wait()
     with pytest.raises(NotFound):
-        held.turns.cancel_request("org_b", "c1")
-    held.turns.cancel_request("org_a", "c0")
+        await held.turns.cancel_request("org_b", "c1")
+    await held.turns.cancel_request("org_a", "c0")
     with pytest.raises(TurnCancelled):
         await callers[0]
     assert held.provider.running == 1
-    held.turns.cancel_request("org_a", "c1")
-    held.turns.cancel_request("org_a", "c2")
+    await held.turns.cancel_request("org_a", "c1")
+    await held.turns.cancel_request("org_a", "c2")
     async with asyncio.timeout(1):
         while held.provider.running:
             await asyncio.sleep(0.005)
     for task in callers[1:]:
         with pytest.raises(TurnCancelled):
             await task
-    assert held.turns.cancel_request("org_a", "c0")
+    assert await held.turns.cancel_request("org_a", "c0")
     for org_id, request_id in (("org_b", "c1"), ("org_a", "nobody")):
         with pytest.raises(NotFound):
-            held.turns.cancel_request(org_id, request_id)
+            await held.turns.cancel_request(org_id, request_id)
     await held.settled()
     assert await held.messages(thread) == []
 
@@ -721,14 +721,14 @@ async def test_the_ends_of_the_last_requests_are_remembered(desk):
     desk.turns._ended = {("org_a", str(number)): True for number in range(10_000)}
     with desk.turns.send(desk.ask(thread), "1") as ticket:
         await ticket.result()
-    assert not desk.turns.cancel_request("org_a", "1")
+    assert not await desk.turns.cancel_request("org_a", "1")
     with desk.turns.send(desk.ask(thread), "new") as ticket:
         await ticket.result()
 
     assert len(desk.turns._ended) == 10_000
     assert list(desk.turns._ended)[-2:] == [("org_a", "1"), ("org_a", "new")]
     with pytest.raises(NotFound):
-        desk.turns.cancel_request("org_a", "0")
+        await desk.turns.cancel_request("org_a", "0")
 
 
 async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from oncewise.errors import Failure, FlightFailed
+from oncewise.core.stream_hub import StreamLog
+from oncewise.errors import Failure, FlightFailed, Overloaded, ResponseTooLarge
 from oncewise.model import Role, StoredTurn, TurnState
 
-__all__ = ["Admitted", "TurnResult", "done_event", "error_event", "failure_of"]
+__all__ = ["RESET", "Admitted", "TurnResult", "done_event", "error_event", "failure_of", "show_stored"]
+
+RESET = "reset"
+"""The event that tells viewers to drop what they were shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +118,23 @@ def failure_of(turn: StoredTurn) -> Failure:
         turn.failure_detail or FlightFailed().detail,
         retryable=turn.failure_retryable,
     )
+
+
+def show_stored(log: StreamLog, turn: StoredTurn) -> None:
+    """End a log as the row of its turn says, with the row's text as far as the log lacks it."""
+    if log.closed:
+        return
+    text = turn.assistant_message.content if turn.assistant_message is not None else ""
+    try:
+        if turn.epoch > log.epoch:
+            log.restart(turn.epoch, RESET, {"epoch": turn.epoch, "reason": "leader_lost"})
+        if len(text) > len(log.text):
+            log.append_joined(text[len(log.text) :], turn.partial_seq)
+    except (ResponseTooLarge, Overloaded):
+        # Its viewers may resume, and are then shown the row.
+        log.sever()
+        return
+    if turn.state in (TurnState.COMPLETED, TurnState.CANCELLED):
+        log.close("done", done_event(turn))
+    else:
+        log.close("error", error_event(failure_of(turn), turn.state, len(text)))
