@@ -50,6 +50,7 @@ STATUS: dict[str, int] = {
     "provider_unavailable": 503,
     "shutting_down": 503,
     "storage_unavailable": 503,
+    "coordination_unavailable": 503,
     "not_persisted": 503,
     "upstream_cancelled": 503,
     "provider_timeout": 504,

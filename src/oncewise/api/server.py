@@ -20,7 +20,8 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from uuid_utils import uuid7
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
@@ -222,12 +223,31 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # uvicorn names the class of the cycle itself; it has not taken its first step yet.
+            self.cycle.__class__ = _UntilClose
 
     def on_message_complete(self) -> None:
         self._in_head = True
         self._chunk_bytes = 0
         self._stop_timer()
         super().on_message_complete()
+
+
+class _UntilClose(RequestResponseCycle):
+    """An answer to HTTP/1.0. One without a length ends with the connection, since chunks came with HTTP/1.1.
+
+    ApacheBench and older proxies ask so; uvicorn sends them chunks, which are then part of the text.
+    """
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
+                self.chunked_encoding = False
+                self.keep_alive = False
+        elif message["type"] == "http.response.body" and not self.keep_alive and not self.expected_content_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 @lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ def run(loaded: Loaded, echo: Callable[[str], None], warn: Callable[[str], None]
         CannotStart: an address that is refused, taken or unknown, or storage that does not open.
     """
     settings = loaded.settings
-    has_keys = any_key(settings.database_url)
+    has_keys = any_key(settings)
     if not has_keys and not is_loopback(settings.host):
         raise CannotStart(no_key(loaded))
     for warning in loaded.warnings:

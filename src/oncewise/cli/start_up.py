@@ -12,7 +12,7 @@ from typing import TypeVar
 from oncewise import __version__
 from oncewise.api.sockets import SocketGroup, listen, listen_for_each
 from oncewise.cli.failure import CommandFailed
-from oncewise.settings import Loaded, Settings
+from oncewise.settings import Loaded, Settings, shown_url
 
 __all__ = [
     "CannotStart",
@@ -44,7 +44,7 @@ def no_key(loaded: Loaded) -> str:
     """Why a server without an API key does not listen where others could reach it, and what helps."""
     # The command that helps must reach the same database, if this one was pointed there by a flag.
     flagged = loaded.origins.get(("database_url",)) == "--database"
-    database = f" --database {loaded.settings.database_url}" if flagged else ""
+    database = f" --database {shown_url(loaded.settings.database_url)}" if flagged else ""
     return _NO_KEY.format(host=loaded.settings.host, database=database)
 
 
@@ -95,7 +95,7 @@ Oncewise {__version__} is ready.
   API        {url}/api/threads/   (description: {url}/openapi.json)
   Figures    {url}/api/metrics/performance
   Health     {url}/health/readiness
-  Store      {settings.database_url}
+  Store      {shown_url(settings.database_url)}
   Workers    {settings.workers}{", with a Valkey server of their own" if own_valkey else ""}
   Providers  {providers} (default: {settings.default_provider})
   Mode       {"demo; " if settings.demo else ""}{mode}

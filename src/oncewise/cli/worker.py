@@ -162,7 +162,7 @@ def main() -> None:
     log_to_terminal()
     groups = [[_inherited(fd) for fd in group] for group in brief["groups"]]
     try:
-        if not is_loopback(settings.host) and not any_key(settings.database_url):
+        if not is_loopback(settings.host) and not any_key(settings):
             leash.refuse(brief["no_key"])
     except OncewiseError as error:
         leash.refuse(error.detail)

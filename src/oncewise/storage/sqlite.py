@@ -32,9 +32,9 @@ from sqlalchemy import event
 from sqlalchemy.pool import NullPool, QueuePool
 
 from oncewise.errors import OncewiseError, StorageFull, StorageUnavailable
+from oncewise.storage.ledger import open_owners
 from oncewise.storage.owners import OwnerLock, alone
 from oncewise.storage.schema import current, upgrade
-from oncewise.storage.tables import turns
 
 __all__ = ["SqliteDatabase", "open_sqlite", "revision_of"]
 
@@ -62,8 +62,6 @@ _UNAVAILABLE = frozenset(
 _REFUSED_WRITES = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
 
 _OWNER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
-# Ordered as the index of open turns; DISTINCT would read through all turns ever stored.
-_OPEN_OWNERS = sa.select(turns.c.owner).where(turns.c.done_at_ms.is_(None)).order_by(turns.c.lease_until_s)
 
 
 def _storage_error(error: BaseException) -> OncewiseError | None:
@@ -334,13 +332,20 @@ class SqliteDatabase:
             raise
 
     async def dead_owners(self) -> tuple[str, ...]:
-        """Owners of open turns whose process is gone: their turns can end now, whatever their lease says."""
-        owners = await self.read(lambda conn: conn.execute(_OPEN_OWNERS).scalars().all())
-        living = await asyncio.to_thread(self._lock.living)
-        return tuple(sorted(set(owners) - living))
+        """See `Database.dead_owners`."""
+        others = await self.read(open_owners) - {self.owner}
+        return tuple(sorted(others - await asyncio.to_thread(self._lock.living))) if others else ()
+
+    async def alone(self) -> bool:
+        """See `Database.alone`."""
+        return await asyncio.to_thread(self._lock.living) <= {self.owner}
+
+    async def neighbours(self) -> int:
+        """How many other processes have the database open."""
+        return len(await asyncio.to_thread(self._lock.living) - {self.owner})
 
     async def hazards(self) -> tuple[str, ...]:
-        """What an operator should know about this database, one sentence each: nothing, also with other processes."""
+        """See `Database.hazards`: none, also with other processes, since they take turns at writing."""
         return ()
 
     async def aclose(self) -> None:
