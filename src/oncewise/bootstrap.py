@@ -28,6 +28,7 @@ from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
+from oncewise.providers.native import NativeProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.providers.prices import PublicPrices
 from oncewise.service.accounts import Accounts, Prices
@@ -50,7 +51,7 @@ from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
 from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["Lanes", "Services", "open_services"]
+__all__ = ["Lanes", "Services", "connect", "open_services"]
 
 
 LOG_BYTES = 256 * 2**20
@@ -300,7 +301,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes
     lanes = {"demo": demo_lane}
     for configured in settings.providers.values():
         lanes[configured.name] = _lane(
-            _connect(configured),
+            connect(configured),
             configured.rps,
             opening,
             tell,
@@ -321,7 +322,8 @@ def _names(settings: Settings, lanes: Lanes) -> ModelNames:
     )
 
 
-def _connect(configured: ProviderSettings) -> Provider:
+def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativeProvider:
+    """The adapter of a configured provider; close it with `aclose`. Connects at the first call."""
     entry = configured.entry
     wire = entry.wire if entry else Wire.OPENAI
     name, base_url, concurrency = configured.name, configured.base_url, configured.concurrency

@@ -78,6 +78,14 @@ class Transport(Protocol):
         """
         ...
 
+    async def status(self, path: str) -> int:
+        """Ask for `path` with GET; the status of the answer, whose body is not read.
+
+        Raises:
+            TransportError: there was none.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Close all connections; requests that still run fail."""
         ...
@@ -115,21 +123,26 @@ class HttpTransport:
 
     @asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
-        response = await self._send(path, body)
+        response = await self._send("POST", path, body)
         try:
             async with aclosing(self._body(response)) as pieces:
                 yield Reply(response.status_code, dict(response.headers), pieces)
         finally:
             await response.aclose()
 
+    async def status(self, path: str) -> int:
+        response = await self._send("GET", path, None)
+        await response.aclose()
+        return int(response.status_code)
+
     async def aclose(self) -> None:
         self._closed = True
         await self._client.aclose()
 
-    async def _send(self, path: str, body: bytes) -> "httpx2.Response":
+    async def _send(self, method: str, path: str, body: bytes | None) -> "httpx2.Response":
         if self._closed:
             raise Unreachable
-        request = self._client.build_request("POST", f"{self._base_url}/{path}", content=body)
+        request = self._client.build_request(method, f"{self._base_url}/{path}", content=body)
         try:
             return await self._client.send(request, stream=True)
         except (self._httpx2.HTTPError, self._httpx2.StreamError) as error:
