@@ -158,6 +158,7 @@ class CompletionRun(Attempts[Completion]):
         self._created_s = desk.now_s()
         self._document: bytes | None = None
         self._answer: _Chunks | None = None
+        self._bill: Bill | None = None
 
     async def __call__(self, flight: Flight[Completion]) -> Completion:
         """Make the call.
@@ -181,11 +182,17 @@ class CompletionRun(Attempts[Completion]):
     @property
     def bill(self) -> Bill:
         """What the call came to, as far as it got."""
+        if self._bill is not None:
+            return self._bill
         request, answer = self.plan.request, self._answer
-        if answer is None:
-            return Bill(request.provider, request.model)
-        usage, cost_usd = answer.figures(self.log)
-        return Bill(request.provider, request.model, usage, cost_usd, answer.model)
+        bill = Bill(request.provider, request.model)
+        if answer is not None:
+            usage, cost_usd = answer.figures(self.log)
+            bill = Bill(request.provider, request.model, usage, cost_usd, answer.model)
+        if self.flight.outcome is not None:
+            # Final: thousands of followers ask for it, and an estimate reads the whole prompt.
+            self._bill = bill
+        return bill
 
     @property
     def _shown(self) -> bool:
