@@ -130,10 +130,10 @@ class Call:
             # Lone surrogates and integers beyond 64 bits: the edge refuses them, so they are not worth a retry here.
             raise ProviderError("The request cannot be written as JSON in UTF-8.", retryable=False) from None
 
-    async def _piece(self, reply: Reply) -> bytes | None:
+    async def _piece(self, reply: Reply) -> bytes:
         until_s = self._end_by_s if self._finished else min(self._end_by_s, self._token_by_s)
         async with asyncio.timeout_at(until_s):
-            return await anext(reply.body, None)
+            return await reply.read()
 
     async def _verify(self, reply: Reply) -> None:
         if reply.status != 200:
@@ -150,7 +150,7 @@ class Call:
         body = b""
         with contextlib.suppress(TransportError, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
-                async for piece in reply.body:
+                while piece := await reply.read():
                     body += piece
                     if len(body) > MAX_ERROR_BYTES:
                         return b""
