@@ -38,6 +38,14 @@ def test_a_burst_of_streams_gives_figures_to_programs(url: str, tmp_path: Path) 
     assert "PASS: 50 requests" in page.read_text()
 
 
+def test_a_report_that_cannot_be_written_does_not_take_the_figures_with_it(url: str, tmp_path: Path) -> None:
+    """The burst is paid for; its table comes first, then one line about the file."""
+    result = oncewise("burst", url, "--requests", "5", "--html", str(tmp_path / "none" / "report.html"))
+    assert result.returncode == 1
+    assert "PASS: 5 requests" in result.stdout
+    assert re.fullmatch(r"oncewise: [^\n]*No such file[^\n]*\n", result.stderr)
+
+
 def test_a_burst_that_needs_more_calls_fails() -> None:
     """Without replays the later requests cost calls; the exit code says so."""
     with serving("--demo", ONCEWISE_DEMO_LATENCY_MS=20, ONCEWISE_DEMO_RPS=100, ONCEWISE_REPLAY_WINDOW_S=0) as url:

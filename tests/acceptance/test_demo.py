@@ -22,6 +22,7 @@ def test_every_promise_is_kept_and_the_demo_ends_when_asked() -> None:
     assert re.search(r"50 over 10 connections +50/50 +1 +2 +1 +49 ", result.stdout)
     assert re.search(r"50 over 50 connections +50/50 +1 +2 +1 +49 ", result.stdout)
     assert re.search(r"20 threads, one prompt +20/20 +1 +40 +1 +19 ", result.stdout)
+    assert re.search(r"p95 is at most 1\.\d\d times the 1\.5 s that the provider takes", result.stdout)
     assert result.stderr == ""
 
 

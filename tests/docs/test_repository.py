@@ -41,9 +41,10 @@ def test_no_file_names_a_registry_host_this_machine_or_an_author_tool(needles: t
     assert found == []
 
 
-def test_the_lock_has_a_hash_for_every_package_and_no_address() -> None:
+@pytest.mark.parametrize("path", ["requirements.lock", "tests/langchain/requirements.lock"])
+def test_the_lock_has_a_hash_for_every_package_and_no_address(path: str) -> None:
     """Every line is a pinned name, a hash or a comment."""
-    lock = (ROOT / "requirements.lock").read_text()
+    lock = (ROOT / path).read_text()
     assert "://" not in lock
     packages = re.split(r"\n(?=[a-z])", lock)
     assert all(re.match(r"[a-z0-9-]+(\[[a-z,-]+\])?==\S+ ", package) for package in packages)

@@ -22,7 +22,22 @@ from oncewise.errors import (
     TurnCancelled,
     WaitTimeout,
 )
-from oncewise.model import MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from oncewise.model import (
+    Answer,
+    ChatMessage,
+    ChatRequest,
+    FinishReason,
+    MessageStatus,
+    OnBusy,
+    OnDisconnect,
+    Params,
+    Thread,
+    TurnClaim,
+    TurnState,
+    Usage,
+)
+from oncewise.service.turns import TurnRun
+from oncewise.storage.threads import SqlThreadStore
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
 
@@ -278,6 +293,50 @@ async def test_a_newcomer_never_gets_the_end_of_an_abandoned_turn(held):
     await held.settled()
 
 
+class SlowEnd:
+    """The real ledger, in which a turn takes its time to end without an answer."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.ending = asyncio.Event()
+        self.go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def end(self, *args: Any, **kwargs: Any) -> Any:
+        self.ending.set()
+        await self.go.wait()
+        return await self._ledger.end(*args, **kwargs)
+
+
+@pytest.mark.parametrize("by", ["leaving", "cancel"])
+async def test_a_message_that_comes_while_its_twin_is_being_ended_gets_a_turn_of_its_own(tmp_path, by):
+    """C12: however long that takes. The ledger names the twin still, and nobody can join it any more."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=SlowEnd) as desk:
+        thread = await desk.thread()
+        first = asyncio.create_task(desk.outcome(thread, on_disconnect=OnDisconnect.CANCEL))
+        await desk.provider.started.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+        if by == "leaving":
+            first.cancel()
+            cancel = None
+        else:
+            cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await desk.ledger.ending.wait()
+        newcomer = asyncio.create_task(desk.told(thread))
+        await asyncio.sleep(0.02)
+        desk.ledger.go.set()
+        desk.provider.go.set()
+
+        result, role = await newcomer
+        assert (result.stored.assistant_message.content, role) == ("pong", "leader")
+        assert result.stored.id != turn.id
+        if cancel is not None:
+            assert (await cancel).state is TurnState.CANCELLED
+        await desk.settled()
+
+
 async def test_a_provider_that_cancels_itself_cancels_no_caller(desk):
     """C13."""
     thread = await desk.thread()
@@ -455,6 +514,18 @@ async def test_the_queue_of_a_thread_is_bounded_and_may_be_refused(held):
     assert len(held.provider.calls) == 1
 
 
+async def test_the_wait_behind_another_turn_counts_as_waiting(held):
+    """The caller is told of it, with how many turns came first."""
+    thread = await held.thread()
+    first, second, third = (asyncio.create_task(held.post(thread, f"m{number}")) for number in range(3))
+    await held.provider.started.wait()
+    await asyncio.sleep(0.2)
+    held.provider.go.set()
+    results = [await first, await second, await third]
+    assert [result.queued_behind for result in results] == [0, 1, 2]
+    assert results[0].queue_wait_ms < 150 < results[1].queue_wait_ms < results[2].queue_wait_ms
+
+
 async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(desk):
     """The call is shared inside the tenant; every thread stores its own pair, and the audit says so."""
     desk.provider.delay_s = 0.1
@@ -522,12 +593,28 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
     for task in callers[1:]:
         with pytest.raises(TurnCancelled):
             await task
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_a", "c0")
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_b", "c1")
+    assert held.turns.cancel_request("org_a", "c0")
+    for org_id, request_id in (("org_b", "c1"), ("org_a", "nobody")):
+        with pytest.raises(NotFound):
+            held.turns.cancel_request(org_id, request_id)
     await held.settled()
     assert await held.messages(thread) == []
+
+
+async def test_the_ends_of_the_last_requests_are_remembered(desk):
+    """So many and no more; the same id again is the newest."""
+    thread = await desk.thread()
+    desk.turns._ended = {("org_a", str(number)): True for number in range(10_000)}
+    with desk.turns.send(desk.ask(thread), "1") as ticket:
+        await ticket.result()
+    assert not desk.turns.cancel_request("org_a", "1")
+    with desk.turns.send(desk.ask(thread), "new") as ticket:
+        await ticket.result()
+
+    assert len(desk.turns._ended) == 10_000
+    assert list(desk.turns._ended)[-2:] == [("org_a", "1"), ("org_a", "new")]
+    with pytest.raises(NotFound):
+        desk.turns.cancel_request("org_a", "0")
 
 
 async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
@@ -545,6 +632,93 @@ async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
     assert (await caller).code == "turn_cancelled"
     assert (first.state, second.state) == (TurnState.CANCELLED, TurnState.CANCELLED)
     assert after.stored.state is TurnState.COMPLETED
+
+
+class LateReads:
+    """The real ledger, whose reads of one turn arrive when the test says so."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.held = False
+        self.read = asyncio.Event()
+        self.go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def turn(self, org_id: str, thread_id: str, turn_id: str) -> Any:
+        turn = await self._ledger.turn(org_id, thread_id, turn_id)
+        if self.held:
+            self.read.set()
+            await self.go.wait()
+        return turn
+
+
+async def test_a_cancel_that_reads_the_row_just_before_the_commit_says_how_the_turn_ended(tmp_path):
+    """The row said `streaming`, and by the time that is known the run has gone: the reply is the final state."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateReads) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.post(thread))
+        await desk.provider.started.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+
+        desk.ledger.held = True
+        cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await desk.ledger.read.wait()
+        desk.provider.go.set()
+        await caller
+        await desk.settled()
+        desk.ledger.go.set()
+
+        assert (await cancel).state is TurnState.COMPLETED
+
+
+async def test_a_cancel_that_comes_before_the_run_has_entered_stops_it(tmp_path):
+    """Between the transaction that admits a turn and its run's first step anybody may read and cancel it."""
+
+    class LateLead:
+        def __init__(self, ledger: Any) -> None:
+            self._ledger = ledger
+            self.admitted = asyncio.Event()
+            self.go = asyncio.Event()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._ledger, name)
+
+        async def admit(self, *args: Any, **kwargs: Any) -> Any:
+            admission = await self._ledger.admit(*args, **kwargs)
+            self.admitted.set()
+            await self.go.wait()
+            return admission
+
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateLead, poll_s=0.01) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.ledger.admitted.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+
+        cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await asyncio.sleep(0.03)
+        desk.ledger.go.set()
+
+        assert (await cancel).state is TurnState.CANCELLED
+        assert (await caller).code == "turn_cancelled"
+        await desk.settled()
+
+
+async def test_a_turn_that_its_process_left_open_can_be_cancelled(tmp_path):
+    """Nobody leads it any more: its partial is kept, and it ends as cancelled under the next epoch."""
+    async with open_desk(tmp_path / "ow.db") as desk:
+        thread = await desk.thread()
+        lead = await desk.ledger.admit(
+            desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+        )
+        await desk.ledger.beat(lead.claim, lease_s=0.05, partial="so far", partial_seq=2)
+
+        turn = await desk.threads.cancel_turn(thread.org_id, thread.id, lead.claim.turn_id)
+
+        assert (turn.state, turn.epoch) == (TurnState.CANCELLED, 2)
+        assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "so far")]
 
 
 @pytest.mark.parametrize("on_busy", [OnBusy.INTERRUPT, OnBusy.ROLLBACK])
@@ -594,6 +768,35 @@ async def test_deleting_a_thread_stops_its_turns_first(held):
     with pytest.raises(NotFound):
         await held.threads.get(thread.org_id, thread.id)
     await held.settled()
+
+
+async def test_a_thread_that_another_process_deletes_leaves_nothing_open(held):
+    """Its turns find their rows gone: callers are told that there is no such thing, viewers end where they are."""
+    thread = await held.thread()
+    callers = [asyncio.create_task(held.outcome(thread, text)) for text in ("one", "two")]
+    await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
+    viewer = (await held.threads.watch(turn)).view()
+    store = SqlThreadStore(held.database, ids=str)
+    await store.delete(thread.org_id, thread.id)
+    held.provider.go.set()
+
+    assert [(await caller).code for caller in callers] == ["not_found"] * 2
+    assert [chunk async for chunk in viewer] == []
+    await held.settled()
+
+
+async def test_a_call_that_is_left_before_its_first_step_leaves_nothing_behind(desk):
+    """No log, which nobody would ever close."""
+    thread = await desk.thread()
+    lead = await desk.ledger.admit(desk.ask(thread), owner="x", lease_s=10.0, replay_window_s=0.0, queue_limit=32)
+    request = ChatRequest("scripted", "scripted-1", (ChatMessage("user", "Hello"),), Params())
+
+    waiter, _ = desk.calls.join(thread.org_id, request, lead.claim)
+    waiter.leave()
+
+    await desk.settled()
+    assert desk.provider.calls == []
 
 
 class FailingLedger:
@@ -655,25 +858,114 @@ async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
         assert error.code == "not_persisted"
 
 
+async def test_a_pause_of_the_database_does_not_end_a_running_turn(tmp_path):
+    """The first delta waits until the turn is marked visible; nobody fails because that took a while."""
+    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "mark_visible", 2)) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            result = await ticket.result()
+
+        assert b"".join([chunk async for chunk in log.view()]) == b"pong"
+        assert result.stored.visible
+
+
+async def test_a_failure_is_stored_before_it_is_told(tmp_path):
+    """Though the database was away for a moment: else the row would end in another way than its callers were told."""
+    provider = ScriptedProvider(deltas=["half"])
+    provider.failures = [(1, ProviderProtocolError())]
+    async with open_desk(tmp_path / "ow.db", provider, ledger=lambda real: FailingLedger(real, "end", 2)) as desk:
+        thread = await desk.thread()
+
+        error = await desk.outcome(thread)
+
+        stored = (await desk.threads.get(thread.org_id, thread.id)).messages[1]
+        turn = await desk.ledger.turn(thread.org_id, thread.id, stored.turn_id)
+        assert (error.code, turn.failure_code, stored.content) == ("provider_protocol", "provider_protocol", "half")
+
+
+# -- lost leaders ------------------------------------------------------------------------------------------------
+
+
+OTHERS = Answer("PONG", FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1)
+
+
+async def fenced(desk: Desk, thread: Thread) -> tuple[TurnRun, TurnClaim]:
+    """The run of a thread's active turn, and the claim of the owner that took the turn from it."""
+    await desk.provider.started.wait()
+    turn = await desk.ledger.active(thread.org_id, thread.id)
+    run = desk.turns.run_of(thread.org_id, turn.id)
+    await desk.ledger.release(run._claim)
+    taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
+    assert taken is not None
+    return run, taken
+
+
 async def test_a_fenced_leader_serves_what_another_stored(tmp_path):
     """Its own text is discarded: told is stored."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
         thread = await desk.thread()
         caller = asyncio.create_task(desk.post(thread))
-        await desk.provider.started.wait()
-        turn = await desk.ledger.active(thread.org_id, thread.id)
-        run = desk.turns.run_of(thread.org_id, turn.id)
-        await desk.ledger.release(run._claim)
-        taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
-        other = desk.provider.text.upper()
+        _, taken = await fenced(desk, thread)
         desk.provider.go.set()
         await asyncio.sleep(0.05)
-        from oncewise.model import Answer, FinishReason, Usage
 
-        await desk.ledger.commit(taken, Answer(other, FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1))
+        await desk.ledger.commit(taken, OTHERS)
 
         assert (await caller).stored.assistant_message.content == "PONG"
         assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "PONG")]
+
+
+async def test_a_leader_that_is_fenced_twice_still_tells_how_its_turn_ended(tmp_path):
+    """By the first delta and by the heartbeat: the second must not interrupt the look at the row."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), lease_s=0.3) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            run, taken = await fenced(desk, thread)
+            run._fence()
+            await asyncio.sleep(0.3)  # a heartbeat later
+
+            await desk.ledger.commit(taken, OTHERS)
+
+            assert (await ticket.result()).stored.assistant_message.content == "PONG"
+            assert b"".join([chunk async for chunk in log.view()]) == b"PONG"
+
+
+async def test_what_a_fenced_leader_has_is_shown_to_nobody(tmp_path):
+    """Deltas that no viewer had asked for yet, and a viewer that asks after the turn was taken over."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(deltas=["po", "ng"], gap_s=0.1)) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            run, taken = await fenced(desk, thread)
+            while run.log is None or run.log.deltas == 0:
+                await asyncio.sleep(0.01)
+            watching = asyncio.create_task(ticket.watch())
+            await asyncio.sleep(0.05)
+            await desk.ledger.end(
+                taken, TurnState.FAILED, ProviderError().failure(), partial="PO", partial_seq=1, call_id=None
+            )
+            log = await watching
+
+            assert b"".join([chunk async for chunk in log.view()]) == b"PO"
+            with pytest.raises(ProviderError):
+                await ticket.result()
+
+
+async def test_a_turn_that_outlived_its_lease_is_ended_by_its_owner(tmp_path):
+    """The database was away for longer than the lease: nobody took the turn over, so nobody else would end it."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.provider.started.wait()
+        turn = await desk.ledger.active(thread.org_id, thread.id)
+
+        desk.turns.run_of(thread.org_id, turn.id)._fence()
+
+        assert (await caller).code == "leader_lost"
+        assert (await desk.ledger.turn(thread.org_id, thread.id, turn.id)).state is TurnState.INTERRUPTED
 
 
 async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
@@ -688,6 +980,49 @@ async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
         assert result.stored.epoch == 2
         assert role in ("leader", "follower")
         assert len(await desk.messages(thread)) == 2
+
+
+class LastMoment:
+    """The real ledger, whose lost owner shows its first text in the moment before it is fenced."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def take_over(self, claim: TurnClaim, **owner: Any) -> TurnClaim | None:
+        assert await self._ledger.mark_visible(claim)
+        return await self._ledger.take_over(claim, **owner)
+
+
+async def test_text_shown_in_the_last_moment_is_not_replaced(tmp_path):
+    """The row is looked at again under the new epoch: the turn is interrupted and nobody is called."""
+    async with open_desk(tmp_path / "ow.db", ledger=LastMoment, lease_s=0.2) as desk:
+        thread = await desk.thread()
+        await desk.ledger.admit(desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32)
+
+        assert (await desk.outcome(thread)).code == "leader_lost"
+        assert desk.provider.calls == []
+
+
+async def test_turns_of_a_lost_process_keep_their_order(tmp_path):
+    """Whoever asks first again: the later turn waits for the earlier one, and its prompt holds it."""
+    async with open_desk(tmp_path / "ow.db", lease_s=0.2) as desk:
+        thread = await desk.thread()
+        for content in ("one", "two"):
+            await desk.ledger.admit(
+                desk.ask(thread, content), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+            )
+        await asyncio.sleep(0.06)
+
+        later = asyncio.create_task(desk.post(thread, "two"))
+        await asyncio.sleep(0.1)
+        await desk.post(thread, "one")
+        await later
+
+        assert [text for _, text in await desk.messages(thread)] == ["one", "pong", "two", "pong"]
+        assert [len(call.messages) for call in desk.provider.calls] == [1, 3]
 
 
 async def test_shutting_down_hands_a_turn_back(tmp_path):

@@ -27,9 +27,10 @@ err503      this status instead of an answer, after the latency
 p30         `err` hits 30 % of the calls, evenly spread
 first2      `err` hits the first 2 calls of this model name
 retryafter7 seconds in the Retry-After header of `err` (429: 1; else no header)
-retrydate7  the same, as an HTTP-date
+retrydate7  the same, as an HTTP-date; `noretryafter`: no such header, with 429 either
 redirect    307 to the same server
-cut5        the connection breaks inside the body after 5 deltas (JSON: after half of the body)
+cut5        the connection breaks inside the body after 5 deltas (JSON: after half of the body); `midchunk`: inside of a
+            chunk, and of the next delta
 stall5      falls silent after 5 deltas; the connection stays open
 hang        never sends a byte
 reset       resets the connection before the first byte
@@ -93,7 +94,7 @@ _FLAGS = frozenset({
     "redirect", "hang", "reset", "html200", "json200", "gzip", "empty", "doneonly", "nochoices", "nofinish", "nodone",
     "nullfinish", "length", "filter", "oddfinish", "badjson", "badutf8", "arrayjson", "errinstream", "pings",
     "emptydeltas", "hugeevent", "cronly", "crlf", "u2028", "bom", "split1", "close", "dup", "index1", "reasoning",
-    "afterdone", "nousage", "moonshotusage", "citations", "cost", "costobject",
+    "afterdone", "nousage", "moonshotusage", "citations", "cost", "costobject", "noretryafter", "midchunk",
 })  # fmt: skip
 _SWITCH = re.compile(rf"({'|'.join(_NUMBERS)})(\d+)")
 _PADDING = "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor "
@@ -530,7 +531,9 @@ class _Body:
             await self.connection.write(b"0\r\n\r\n")
         return "ok"
 
-    def cut(self) -> str:
+    async def cut(self) -> str:
+        if "midchunk" in self.script:
+            await self.connection.write(b'ff\r\ndata: {"choices":[{"index":0,"delta":{"content":"lost')
         return self.connection.break_connection()
 
 
@@ -557,10 +560,10 @@ class Story:
             await self.prelude()
             async for index in self.ticks():
                 if index == script["cut"]:
-                    return body.cut()
+                    return await body.cut()
                 await self.delta(index)
             if script["cut"] == script["n"]:
-                return body.cut()
+                return await body.cut()
             await self.trouble()
             await self.finish()
         if "nodone" not in script:
@@ -662,7 +665,7 @@ def _retry_after(script: Script) -> str:
         return formatdate(time.time() + script["retrydate"], usegmt=True)
     if script["retryafter"] >= 0:
         return str(script["retryafter"])
-    return "1" if script["err"] == 429 else ""
+    return "1" if script["err"] == 429 and "noretryafter" not in script else ""
 
 
 async def _serve(port: int, default: str) -> None:

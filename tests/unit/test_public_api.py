@@ -1,6 +1,7 @@
 """What a program that embeds Oncewise can rely on."""
 
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -36,6 +37,15 @@ def test_importing_loads_the_standard_library_only() -> None:
 def test_importing_starts_nothing() -> None:
     """No thread, no event loop, no file: safe before a fork."""
     assert run_python("import threading, oncewise; print(threading.active_count())").split() == ["1"]
+
+
+def test_the_example_of_the_readme_runs_as_printed() -> None:
+    """Copied into a file and run: one leader, 49 followers, the same value for all."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "Coalescer" in block]
+    printed = run_python(example).splitlines()
+    assert sorted(line.partition(" ")[0] for line in printed) == ["follower"] * 49 + ["leader"]
+    assert {line.partition(" ")[2] for line in printed} == {"Why is the sky blue? Because it scatters."}
 
 
 def test_everything_public_is_listed() -> None:

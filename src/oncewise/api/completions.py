@@ -9,7 +9,6 @@ Deliberately absent: which requests share a call (`oncewise.service.completions`
 """
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.exchange import Exchange, Headers
 from oncewise.api.json_body import BodyCache
 from oncewise.api.openai_errors import openai_body
@@ -35,6 +35,7 @@ PATH = "/v1/chat/completions"
 _JSON = (b"content-type", b"application/json")
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b":\n"
+_POSITION = b"x-queue-position"
 _CACHE_STATUS = {
     Role.LEADER: b"oncewise; fwd=miss",
     Role.BYPASS: b"oncewise; fwd=bypass",
@@ -74,7 +75,8 @@ class CompletionRoutes:
         exchange.check_media_type()
         body = self._read(exchange.body)
         ask = ask_of(exchange, body)
-        with exchange.services.completions.send(org_id, ask) as ticket, exchange.presence():
+        send = exchange.services.completions.send
+        with send(org_id, ask) as ticket, unless_gone(exchange, ticket, stream=body.stream):
             if body.stream:
                 await self._stream(exchange, ticket, wants_usage=body.wants_usage, numbered=ask.resumable)
             else:
@@ -86,7 +88,7 @@ class CompletionRoutes:
         except OncewiseError as error:
             await _refuse(exchange, ticket, error)
             return
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=False)
         headers = [_JSON, *_call_headers(ticket), *_timings(exchange, ticket.run)]
         await exchange.answer(200, ticket.run.document(completion), headers)
 
@@ -102,7 +104,7 @@ class CompletionRoutes:
                 except OncewiseError as error:
                     await _refuse(exchange, ticket, error)
                     return
-            await stream.begin(_call_headers(ticket))
+            await stream.begin([*_call_headers(ticket), (_POSITION, b"%d" % run.queue_position)])
             rest = await stream.follow()
             ending = await self._ending(exchange, ticket, stream, wants_usage=wants_usage)
             await stream.write(rest + ending, more=False)
@@ -114,9 +116,9 @@ class CompletionRoutes:
             _check_stopped(exchange, stream)
             completion = await ticket.result()
         except OncewiseError as error:
-            _account(exchange, ticket, None, error.code)
+            account(exchange, ticket, None, error.code, stream=True)
             return _error_event(error)
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=True)
         return _good_end(completion, wants_usage=wants_usage)
 
     @contextmanager
@@ -186,6 +188,7 @@ class CompletionRoutes:
         document = {
             "object": "coalesce.explanation",
             "coalesces": plan.key is not None,
+            "policy": plan.policy.value,
             "reason": plan.reason,
             "key": key.digest,
             "provider": plan.request.provider,
@@ -323,23 +326,12 @@ def _timings(exchange: Exchange, run: CompletionRun) -> Headers:
     queued_ms = (run.queue_wait_s or 0.0) * 1000
     return [
         # Who joined late did not wait for what was already there.
+        (_POSITION, b"%d" % run.queued_behind),
         (b"x-queue-wait-ms", b"%d" % min(queued_ms, waited_ms)),
         (b"x-ttft-ms", b"%d" % max(0.0, (run.first_s - exchange.arrived_s) * 1000)),
     ]
 
 
-def _account(
-    exchange: Exchange, ticket: CompletionTicket, completion: Completion | None, error_code: str | None
-) -> None:
-    record = ticket.record(
-        arrived_s=exchange.arrived_s,
-        finished_at_ms=time.time_ns() // 1_000_000,
-        completion=completion,
-        error_code=error_code,
-    )
-    exchange.services.metrics.record(record)
-
-
 async def _refuse(exchange: Exchange, ticket: CompletionTicket, error: OncewiseError) -> None:
-    _account(exchange, ticket, None, error.code)
+    account(exchange, ticket, None, error.code, stream=ticket.ask.stream)
     await exchange.refuse(error, _call_headers(ticket))

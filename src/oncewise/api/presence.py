@@ -39,8 +39,8 @@ class Connection(Protocol):
         """Whether the body of the answer can be written to now without waiting for the client."""
         ...
 
-    def push(self, chunk: bytes) -> None:
-        """Write a piece of the body that is not the last, past the ASGI interface."""
+    def push(self, chunk: bytes) -> bool:
+        """Write a piece of the body that is not the last, past the ASGI interface; False if it must wait."""
         ...
 
 

@@ -55,10 +55,11 @@ def run(
             return await burst_with_progress(server, plan, progress, f"{requests} requests")
 
     result = asyncio.run(burst())
-    if html:
-        html.write_text(as_html(result), encoding="utf-8")
     if as_json_text:
         print(json.dumps(as_json(result), indent=2))
     else:
         print_burst(console, result)
+    if html:
+        # Last: a file that cannot be written must not take the figures with it.
+        html.write_text(as_html(result), encoding="utf-8")
     return result.as_promised

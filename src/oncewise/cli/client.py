@@ -9,6 +9,7 @@ Deliberately absent: redirects, cookies, compression, proxies, HTTP/2, and any s
 
 import asyncio
 import json
+import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,10 +20,11 @@ from urllib.parse import urlsplit
 
 from oncewise.cli.failure import CommandFailed
 
-__all__ = ["BrokenAnswer", "Connection", "Event", "NoServer", "Reply", "Server", "read_events"]
+__all__ = ["BrokenAnswer", "Connection", "Event", "NoAnswer", "NoServer", "Reply", "Server", "read_events"]
 
 MAX_LINE_BYTES = 4 * 1024 * 1024
 NO_BODY = frozenset({204, 304})
+_HOST = re.compile(r"[^\s/?#@\\]+")
 
 
 class BrokenAnswer(CommandFailed):
@@ -31,6 +33,10 @@ class BrokenAnswer(CommandFailed):
 
 class NoServer(CommandFailed):
     """Nobody listens there."""
+
+
+class NoAnswer(CommandFailed):
+    """Somebody listens there and does not answer in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,10 @@ class Server:
         """The server of a URL such as `http://127.0.0.1:8000`; its path is ignored.
 
         Raises:
-            ValueError: the URL has no http or https host.
+            ValueError: the URL has no http or https host, or no possible port.
         """
         parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or not _HOST.fullmatch(parts.hostname):
             raise ValueError("must be a URL such as http://127.0.0.1:8000")
         tls = parts.scheme == "https"
         return cls(parts.hostname, parts.port or (443 if tls else 80), tls, dict(headers or {}))
@@ -72,10 +78,13 @@ class Server:
             NoServer: no connection.
             OSError: the connection broke.
             BrokenAnswer: no valid answer.
-            TimeoutError: not within `timeout_s` seconds.
+            NoAnswer: none within `timeout_s` seconds.
         """
-        async with asyncio.timeout(timeout_s), Connection(self) as connection:
-            return await connection.fetch(method, path, body)
+        try:
+            async with asyncio.timeout(timeout_s), Connection(self) as connection:
+                return await connection.fetch(method, path, body)
+        except TimeoutError:
+            raise NoAnswer(f"{self.url} did not answer within {timeout_s:g} s") from None
 
 
 @dataclass(slots=True)

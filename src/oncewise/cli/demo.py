@@ -15,7 +15,8 @@ from oncewise.cli.burst import burst_with_progress, message, progress_bar
 from oncewise.cli.client import Server
 from oncewise.cli.load import Burst, BurstResult, create_thread
 from oncewise.cli.report import Promise, burst_promises, milliseconds, print_promises
-from oncewise.cli.serve import CannotStart, address_url, create_thread_command, run_server, take_port
+from oncewise.cli.serve import run_server
+from oncewise.cli.start_up import CannotStart, address_url, create_thread_command, take_port
 from oncewise.settings import Loaded, Settings
 
 __all__ = ["FLAGS", "ROUNDS", "Round", "promises", "run"]
@@ -126,7 +127,7 @@ class _Demonstration:
                 burst = Burst(threads, message(round_.prompt), round_.requests, round_.connections)
                 results.append(await burst_with_progress(self._server, burst, progress, round_.name))
         self._console.print(self._table(results))
-        self._say("")
+        self._say(f"{self._beside_the_provider(results)}\n")
         self._judge(results)
 
     def invite(self) -> None:
@@ -158,6 +159,13 @@ class _Demonstration:
                 milliseconds(result.latency_s(0.95)),
             )
         return table
+
+    def _beside_the_provider(self, results: list[BurstResult]) -> str:
+        """What the slowest round took beside one request alone."""
+        call_s = self._settings.demo_latency_ms / 1000
+        slowest_s = max(result.latency_s(0.95) or 0.0 for result in results)
+        times = f"{slowest_s / call_s:.2f} times" if call_s else "more than"
+        return f"p95 is at most {times} the {milliseconds(call_s)} that the provider takes for one request alone."
 
     def _judge(self, results: list[BurstResult]) -> None:
         kept = True

@@ -21,7 +21,16 @@ from oncewise.cli.client import BrokenAnswer, Connection, NoServer, Reply, Serve
 from oncewise.cli.failure import CommandFailed
 from oncewise.service.metrics import quantile
 
-__all__ = ["Answer", "Burst", "BurstResult", "ServerRefused", "create_thread", "run_burst", "stored_messages"]
+__all__ = [
+    "Answer",
+    "Burst",
+    "BurstResult",
+    "ServerRefused",
+    "create_thread",
+    "not_oncewise",
+    "run_burst",
+    "stored_messages",
+]
 
 REQUEST_TIMEOUT_S = 150.0
 ACCOUNT_WAIT_S = 2.0
@@ -133,11 +142,14 @@ async def create_thread(server: Server, title: str = "oncewise burst") -> str:
     """Make an empty thread; return its id.
 
     Raises:
-        NoServer, OSError, BrokenAnswer, TimeoutError: no answer.
-        ServerRefused: the server did not make one.
+        NoServer, NoAnswer, OSError, BrokenAnswer: no answer.
+        ServerRefused: the server did not make one, or is not Oncewise.
     """
     reply = await server.fetch("POST", "/api/threads/", {"title": title})
-    return str(_accepted(reply, 201)["thread_id"])
+    document = _accepted(reply, 201)
+    if "thread_id" not in document:
+        raise not_oncewise(reply)
+    return str(document["thread_id"])
 
 
 async def stored_messages(server: Server, thread: str) -> int:
@@ -248,15 +260,28 @@ async def _accounted(server: Server, finished: int) -> None:
 
 
 def _accepted(reply: Reply, status: int) -> dict[str, Any]:
+    document: object = _document(reply)
+    if not isinstance(document, dict) or (reply.status != status and "code" not in document):
+        raise not_oncewise(reply)
     if reply.status != status:
-        raise ServerRefused(f"the server answered {reply.status} {_code(reply)}")
-    document: dict[str, Any] = reply.json()
+        raise ServerRefused(f"the server answered {reply.status} {document['code']}")
     return document
+
+
+def not_oncewise(reply: Reply) -> ServerRefused:
+    """What to say of an answer that is not one of ours."""
+    return ServerRefused(f"the server answered {reply.status} and not as Oncewise does; is it another program's?")
+
+
+def _document(reply: Reply) -> object:
+    """The body as JSON; None if it is none."""
+    try:
+        return json.loads(reply.body)
+    except ValueError:
+        return None
 
 
 def _code(reply: Reply) -> str:
     """The error code of a refusal."""
-    try:
-        return str(json.loads(reply.body)["code"])
-    except (ValueError, KeyError, TypeError):
-        return f"http_{reply.status}"
+    document = _document(reply)
+    return str(document["code"]) if isinstance(document, dict) and "code" in document else f"http_{reply.status}"

@@ -20,7 +20,7 @@ from oncewise.errors import OncewiseError
 
 if TYPE_CHECKING:
     from oncewise.cli.client import Server
-    from oncewise.settings import Loaded
+    from oncewise.settings import Loaded, Settings
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,10 @@ _GROUPS = {
     "Measure a running server": ("burst", "ttft"),
     "Data": ("threads",),
 }
+
+
+_ORG = r"[A-Za-z0-9_.-]{1,64}"
+_ORG_FORM = "must be 1 to 64 of A-Z, a-z, 0-9, _, . and -"
 
 
 class _Grouped(TyperGroup):
@@ -81,7 +85,7 @@ def main() -> None:
         sys.exit(130)
     except (CommandFailed, OncewiseError, OSError) as error:
         typer.echo(f"oncewise: {str(error) or type(error).__name__}", err=True)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> "Loaded":
@@ -133,7 +137,10 @@ def serve(
         "demo": demo,
     }
     loaded = _load_settings(flags, config)
-    from oncewise.cli.serve import run
+    if loaded.settings.workers > 1:
+        from oncewise.cli.workers import run
+    else:
+        from oncewise.cli.serve import run
 
     run(loaded, typer.echo, lambda text: typer.echo(f"warning: {text}", err=True))
 
@@ -171,7 +178,7 @@ def db_current(
     """Print the revision of the database's schema, and that of this version."""
     from oncewise.cli.db import current
 
-    typer.echo(current(_database_url(database, config)))
+    typer.echo(current(_settings(database, config)))
 
 
 @db_app.command("upgrade")
@@ -180,10 +187,10 @@ def db_upgrade(
     database: Annotated[str | None, typer.Option(metavar="URL", help="Database to upgrade.")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Bring the database to this version's schema, as serve does when it starts."""
+    """Bring the database to this version's schema. An SQLite file serve upgrades itself, PostgreSQL it does not."""
     from oncewise.cli.db import upgrade
 
-    typer.echo(upgrade(_database_url(database, config)))
+    typer.echo(upgrade(_settings(database, config)))
 
 
 _Database = Annotated[str | None, typer.Option("--database", metavar="URL", help="Database the keys are in.")]
@@ -201,13 +208,13 @@ def keys_create(
     """Make an API key; the last line is its secret. From the first one on, every request needs a key."""
     if (org is not None) + admin + metrics != 1:
         raise typer.BadParameter("choose one of --org ORG, --admin and --metrics")
-    if org is not None and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", org) is None:
-        raise typer.BadParameter("must be 1 to 64 of A-Z, a-z, 0-9, _, . and -", param_hint="--org")
+    if org is not None and re.fullmatch(_ORG, org) is None:
+        raise typer.BadParameter(_ORG_FORM, param_hint="--org")
     from oncewise.cli.keys import create
     from oncewise.model import KeyRole
 
     role = KeyRole.ADMIN if admin else KeyRole.METRICS if metrics else KeyRole.TENANT
-    for line in create(_database_url(database, config), role, org):
+    for line in create(_settings(database, config), role, org):
         typer.echo(line)
 
 
@@ -216,7 +223,7 @@ def keys_list(*, database: _Database = None, config: ConfigFile = None) -> None:
     """Print all API keys, the revoked ones too: id, first characters, for whom, times."""
     from oncewise.cli.keys import listed
 
-    for line in listed(_database_url(database, config)):
+    for line in listed(_settings(database, config)):
         typer.echo(line)
 
 
@@ -230,7 +237,7 @@ def keys_revoke(
     """End an API key for ever; a running server refuses it within a second."""
     from oncewise.cli.keys import revoke
 
-    revoke(_database_url(database, config), key)
+    revoke(_settings(database, config), key)
 
 
 # -- measure -------------------------------------------------------------------------------------------------------
@@ -318,6 +325,10 @@ def threads_import(
 def _server(url: str | None, org: str, key: str | None) -> "Server":
     from oncewise.cli.client import Server
 
+    if key and re.fullmatch(r"[\x21-\x7e]+", key) is None:
+        raise typer.BadParameter("must be visible ASCII characters without spaces", param_hint="--key")
+    if re.fullmatch(_ORG, org) is None:
+        raise typer.BadParameter(_ORG_FORM, param_hint="--org")
     headers = {"authorization": f"Bearer {key}"} if key else {"x-org-id": org}
     try:
         return Server.at(url or f"http://127.0.0.1:{_load_settings().settings.port}", headers)
@@ -325,8 +336,8 @@ def _server(url: str | None, org: str, key: str | None) -> "Server":
         raise typer.BadParameter(str(error), param_hint="URL") from None
 
 
-def _database_url(database: str | None, config: Path | None) -> str:
-    return _load_settings({"database_url": database}, config).settings.database_url
+def _settings(database: str | None, config: Path | None) -> "Settings":
+    return _load_settings({"database_url": database}, config).settings
 
 
 def _end(*, kept: bool) -> None:

@@ -4,8 +4,8 @@ import asyncio
 from pathlib import Path
 from urllib.parse import quote
 
-from oncewise.cli.client import Reply, Server
-from oncewise.cli.load import ServerRefused
+from oncewise.cli.client import BrokenAnswer, Reply, Server
+from oncewise.cli.load import ServerRefused, not_oncewise
 
 __all__ = ["export_thread", "import_thread"]
 
@@ -31,6 +31,10 @@ def import_thread(server: Server, file: Path) -> str:
 
 
 def _expect(reply: Reply, status: int) -> Reply:
-    if reply.status != status:
-        raise ServerRefused(f"the server answered {reply.status}: {reply.json().get('detail', 'no reason given')}")
-    return reply
+    if reply.status == status:
+        return reply
+    try:
+        detail = reply.json()["detail"]
+    except (BrokenAnswer, KeyError, TypeError):
+        raise not_oncewise(reply) from None
+    raise ServerRefused(f"the server answered {reply.status}: {detail}")

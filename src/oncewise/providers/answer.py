@@ -50,18 +50,23 @@ class Verifier:
         self._asked = choices
         self._finishes: dict[int, str | None] = {}
         self._has_substance = False
+        self._whole = False
         self._last: Chunk = {}
 
     def take(self, chunk: Chunk) -> None:
         """Take one chunk.
 
         Raises:
-            ProviderProtocolError: its shape is not that of a chunk, or the answer is too large.
+            ProviderProtocolError: its shape is not that of a chunk, the answer is too large, or it ends empty.
             ProviderError: the provider says that it failed.
         """
         self._last = chunk
         for choice in _objects(self._provider, chunk.get("choices")):
             self._take_choice(choice)
+        if self._whole:
+            # Now and not at the end: this chunk would be passed on, and look like the end of an answer.
+            self._check_substance()
+            self._call.finished()
 
     def end(self, *, done: bool) -> Chunk | None:
         """Judge the answer as a whole.
@@ -77,13 +82,17 @@ class Verifier:
         open_choices = [index for index, finish in self._finishes.items() if finish is None]
         if not self._finishes or (open_choices and not done):
             raise broken(f"{self._provider} ended its answer without a finish reason.")
-        if not self._has_substance and {*self._finishes.values()} <= {None, "stop"}:
-            raise broken(f"{self._provider} sent an empty answer.")
+        self._check_substance()
         if not open_choices:
             return None
         ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_choices]
         head: Chunk = {name: self._last[name] for name in ("id", "object", "created", "model") if name in self._last}
         return head | {"choices": ends}
+
+    def _check_substance(self) -> None:
+        if not self._has_substance and {*self._finishes.values()} <= {None, "stop"}:
+            # Some prompts lead to it; who sends them must not be able to have the model taken for broken.
+            raise broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
 
     def _take_choice(self, choice: Mapping[str, Any]) -> None:
         index, finish = choice.get("index", 0), choice.get("finish_reason")
@@ -106,8 +115,7 @@ class Verifier:
         if reason in _FAILED:
             raise ProviderError(f"{self._provider} gave up on its answer.")
         self._finishes[index] = reason
-        if len(self._finishes) >= self._asked and all(self._finishes.values()):
-            self._call.finished()
+        self._whole = len(self._finishes) >= self._asked and all(self._finishes.values())
 
 
 def _written(provider: str, name: str, value: Any) -> str:
@@ -174,7 +182,7 @@ class _Reader:
             return ProviderError(f"{self._provider} withheld the whole answer.", retryable=False)
         if reason is FinishReason.LENGTH:
             return broken(f"{self._provider} used up its token limit before the first text.", retryable=False)
-        return broken(f"{self._provider} sent an empty answer.")
+        return broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
 
     def _take_choice(self, choice: Mapping[str, Any]) -> str:
         if choice.get("index", 0) != 0:

@@ -20,6 +20,7 @@ import orjson
 
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderTimeout
 from oncewise.providers.event_stream import Event, EventNotUtf8, EventStream, EventTooLarge
+from oncewise.providers.halves import Halves
 from oncewise.providers.refusals import error_names, refusal, retry_after_s, retry_delay_s
 from oncewise.providers.transport import (
     ConnectTimedOut,
@@ -101,7 +102,7 @@ class Call:
         Once the answer is `finished`, a body that is cut or does not end is an end like any other.
 
         Raises:
-            ProviderError, ProviderRateLimited, ProviderProtocolError, ProviderTimeout: as the port says.
+            OncewiseError: as the port says.
         """
         try:
             async with AsyncExitStack() as connection:
@@ -158,7 +159,10 @@ class Call:
 
     def _failure(self, error: Exception) -> OncewiseError:
         if isinstance(error, TimeoutError):
-            return ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            late = ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            # An answer that came all along and was too long for its time says nothing against the provider.
+            late.self_inflicted = self._begun and self._now_s() < self._token_by_s
+            return late
         if isinstance(error, ConnectTimedOut):
             return ProviderTimeout(f"{self._provider} could not be reached in time.")
         if isinstance(error, Unreachable):
@@ -175,22 +179,23 @@ class Call:
         return f"did not begin to answer within {self._timers.first_token_s:g} s"
 
 
-def broken(detail: str, *, retryable: bool = True) -> ProviderProtocolError:
+def broken(detail: str, *, retryable: bool = True, self_inflicted: bool = False) -> ProviderProtocolError:
     """The error for an answer that is not what the wire promises."""
     error = ProviderProtocolError(detail)
     error.retryable = retryable
+    error.self_inflicted = self_inflicted
     return error
 
 
-def json_object(provider: str, event: Event) -> dict[str, Any]:
-    """The JSON object in an event's data.
+def json_object(provider: str, event: Event, halves: Halves) -> dict[str, Any]:
+    """The JSON object in an event's data; `halves` has read the events before it.
 
     Raises:
         ProviderProtocolError: it is not one; lone surrogates and numbers that are not JSON included.
     """
     try:
-        value = orjson.loads(event.data)
-    except orjson.JSONDecodeError:
+        value = halves.read(event.data)
+    except ValueError:
         raise broken(f"{provider} sent an event that is not JSON.") from None
     if not isinstance(value, dict):
         raise broken(f"{provider} sent an event that is not a JSON object.")

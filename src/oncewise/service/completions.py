@@ -12,7 +12,7 @@ No row is written per attempt: nothing is taken over, so nobody would read it. T
 counts its attempts, and is written with hundreds of others: at thousands of calls a second each row of its own would
 cost a flush to disk.
 
-Deliberately absent: HTTP, and how chunks look on the wire.
+Deliberately absent: HTTP, how chunks look on the wire, and which policy is whose (`oncewise.service.sharing`).
 """
 
 import asyncio
@@ -40,12 +40,14 @@ from oncewise.errors import (
     TurnCancelled,
     UnknownProvider,
 )
-from oncewise.model import CompletionRequest, RequestRecord, Role, Usage
+from oncewise.model import CompletionRequest, Role, Usage
 from oncewise.ports import Chunk, Listener
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.attempts import Attempts, ProviderLane, remember_s
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 
-__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Policy", "Wish"]
+__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Wish"]
 
 KIND = "v1/chat/completions"
 
@@ -64,14 +66,6 @@ _HEAD = ("id", "object", "created", "model")
 _PLAIN = frozenset({*_HEAD, "choices", "usage", "system_fingerprint", "service_tier"})
 
 Json = dict[str, Any]
-
-
-class Policy(StrEnum):
-    """Which identical requests share a running call."""
-
-    ALWAYS = "always"
-    SAFE = "safe"
-    OFF = "off"
 
 
 class Wish(StrEnum):
@@ -108,6 +102,7 @@ class Plan:
     Attributes:
         body_key: Names the request; equal for whatever would get the same answer.
         key: Names what it shares; None if it shares nothing.
+        policy: What the operator chose for it.
         reason: Why: `always`, `temperature`, `seed`, `idempotency_key`, `asked`; or why not: `asked_not_to`,
             `switched_off`, `several_choices`, `sampling`.
     """
@@ -115,6 +110,7 @@ class Plan:
     request: CompletionRequest
     body_key: RequestKey
     key: RequestKey | None
+    policy: Policy
     reason: str
 
 
@@ -143,28 +139,31 @@ class CompletionRun(Attempts[Completion]):
         first_s: When the first chunk could be seen, by the event loop's clock; 0.0 before.
         flight: The flight that does this work.
         own: Whether it is shared with nobody.
+        leader_id: Request id of whoever started it.
     """
 
     flight: Flight[Completion]
 
-    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
-        super().__init__(lane, org_id, desk.chance)
+    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan, leader_id: str) -> None:
+        super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
         self.own = plan.key is None
+        self.leader_id = leader_id
         self.resumable = False
         self.idempotency: tuple[str, str] | None = None
         self.log: StreamLog = desk.logs.open((org_id, self.call_id))
         self.first_s = 0.0
         self._created_s = desk.now_s()
         self._document: bytes | None = None
+        self._answer: _Chunks | None = None
 
     async def __call__(self, flight: Flight[Completion]) -> Completion:
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+            OncewiseError: as `Attempts.run`.
         """
         try:
             return await self.run(flight)
@@ -180,6 +179,15 @@ class CompletionRun(Attempts[Completion]):
         return self._document
 
     @property
+    def bill(self) -> Bill:
+        """What the call came to, as far as it got."""
+        request, answer = self.plan.request, self._answer
+        if answer is None:
+            return Bill(request.provider, request.model)
+        usage, cost_usd = answer.figures(self.log)
+        return Bill(request.provider, request.model, usage, cost_usd, answer.model)
+
+    @property
     def _shown(self) -> bool:
         return self.log.deltas > 0
 
@@ -187,7 +195,7 @@ class CompletionRun(Attempts[Completion]):
         return answer.usage
 
     async def _read(self) -> Completion:
-        answer = _Chunks(self.plan.request, self.call_id, self._created_s)
+        answer = self._answer = _Chunks(self.plan.request, self.call_id, self._created_s)
         async with aclosing(self._lane.provider.chunks(self.plan.request)) as chunks:
             async for chunk in chunks:
                 for ready in answer.take(chunk):
@@ -212,6 +220,7 @@ class _Chunks:
         }
         self._choices: set[int] = set()
         self._held: list[Chunk] | None = []
+        self._told: Json = {}
         self._usage: Usage | None = None
         self._figures: Json | None = None
         self._cost_usd: float | None = None
@@ -231,6 +240,16 @@ class _Chunks:
             return []
         ready, self._held = self._held, None
         return ready
+
+    @property
+    def model(self) -> str:
+        """The model that the provider says it used, else the one it was asked for."""
+        model: str = self._head["model"]
+        return model
+
+    def figures(self, log: StreamLog) -> tuple[Usage | None, float | None]:
+        """Tokens and cost of whatever came so far; None for no tokens if nothing did."""
+        return self._usage or (_estimate(self._request, log) if log.deltas else None), self._cost_usd
 
     def completion(self, log: StreamLog) -> Completion:
         """The end of a good answer."""
@@ -256,17 +275,30 @@ class _Chunks:
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
         choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
-        if not choices and not chunk.keys() - _PLAIN:
-            return None
-        for choice in choices:
-            index = choice.setdefault("index", 0)
-            if index not in self._choices:
-                self._choices.add(index)
-                choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
-            choice.setdefault("finish_reason", None)
+        extras = chunk.keys() - _PLAIN
+        if not choices:
+            if all(name in self._told and self._told[name] == chunk[name] for name in extras):
+                return None
+            # Many clients look at the first choice of any chunk, unless they asked for figures.
+            choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        else:
+            for choice in choices:
+                index = choice.setdefault("index", 0)
+                choice["delta"] = self._delta(index, choice.get("delta") or {})
+                choice.setdefault("finish_reason", None)
+        for name in extras:
+            self._told[name] = chunk[name]
         tidy = {**chunk, **self._head, "choices": choices}
         tidy.pop("usage", None)
         return tidy
+
+    def _delta(self, index: int, delta: Json) -> Json:
+        # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
+        role = delta.pop("role", None)
+        if index in self._choices:
+            return delta
+        self._choices.add(index)
+        return {"role": role or "assistant", **delta}
 
 
 def _says_something(choice: Json) -> bool:
@@ -294,16 +326,20 @@ class CompletionTicket:
     Attributes:
         role: What the request is to the call.
         run: The call.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
+
+    surface = "v1"
 
     def __init__(
         self, waiter: Waiter[Completion], run: CompletionRun, role: Role, org_id: str, ask: CompletionAsk
     ) -> None:
         self.run = run
         self.role = role
+        self.org_id = org_id
+        self.ask = ask
+        self.accounted = False
         self._waiter = waiter
-        self._org_id = org_id
-        self._ask = ask
 
     async def result(self) -> Completion:
         """The end of the call.
@@ -323,40 +359,31 @@ class CompletionTicket:
     def __exit__(self, *_raised: object) -> None:
         self.leave()
 
-    def record(
-        self, *, arrived_s: float, finished_at_ms: int, completion: Completion | None, error_code: str | None
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    @property
+    def _leads(self) -> bool:
+        return self.role in (Role.LEADER, Role.BYPASS)
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            finished_at_ms: Now, for people.
-            completion: What it got; None if it failed.
-            error_code: Why it failed.
-        """
-        run, ended_s = self.run, asyncio.get_running_loop().time()
-        leads = self.role in (Role.LEADER, Role.BYPASS)
-        usage = completion.usage if completion is not None else Usage(0, 0)
-        cost_usd = (completion.cost_usd if completion is not None else None) or 0.0
-        return RequestRecord(
-            request_id=self._ask.request_id,
-            org_id=self._org_id,
-            surface="v1",
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the call has ended if this request led it, else at once."""
+        if self._leads:
+            self.run.flight.after(tell)
+        else:
+            tell()
+
+    def share(self, _result: Completion | None) -> Share:
+        """What this request had of the call."""
+        run, leads = self.run, self._leads
+        request = run.plan.request
+        return Share(
             role=self.role,
-            stream=self._ask.stream,
-            provider=run.plan.request.provider,
-            model=run.plan.request.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if completion is None else max(0.0, ((run.first_s or ended_s) - arrived_s) * 1000),
+            provider=request.provider,
+            model=request.model,
+            bill=run.bill,
+            pays=leads,
+            calls=run.calls if leads else 0,
+            first_s=run.first_s,
             queue_wait_ms=(run.queue_wait_s or 0.0) * 1000 if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if leads else 0,
-            completion_tokens=usage.completion_tokens if leads else 0,
-            upstream_calls=run.calls if leads else 0,
-            tokens_saved=0 if leads else usage.total_tokens,
-            cost_usd=cost_usd if leads else 0.0,
-            cost_saved_usd=0.0 if leads else cost_usd,
-            error_code=error_code,
+            leader_id=run.leader_id,
             call_id=run.call_id,
         )
 
@@ -379,7 +406,7 @@ class Completions:
         *,
         logs: StreamHub,
         ids: Callable[[], str],
-        policy: Policy = Policy.SAFE,
+        policies: Policies = Policies(),  # noqa: B008  frozen
         abandon_after_s: float = 5.0,
         listener: Listener = lambda _event: None,
         chance: Callable[[], float] = random.random,
@@ -395,7 +422,7 @@ class Completions:
             deadline_s=None, abandon_after_s=abandon_after_s, remember=remember_s, listener=self._landed
         )
         self._lanes = lanes
-        self._policy = policy
+        self._policies = policies
         self._listener = listener
         self._runs: dict[tuple[str, str], CompletionRun] = {}
         self._by_flight: dict[object, list[CompletionRun]] = {}
@@ -417,36 +444,16 @@ class Completions:
         )
         body = {name: value for name, value in request.body.items() if name not in TRANSPORT}
         body_key = request_key(org_id, KIND, provider, model, body)
-        shares, reason = self._shares(ask)
+        policy = self._policies.of(org_id, provider, model)
+        shares, reason = _shares(policy, ask)
         if shares and reason == "idempotency_key":
             keyed = request_key(org_id, f"{KIND}#keyed", ask.idempotency_key, provider, model, body)
-            return Plan(request, body_key, keyed, reason)
-        return Plan(request, body_key, body_key if shares else None, reason)
+            return Plan(request, body_key, keyed, policy, reason)
+        return Plan(request, body_key, body_key if shares else None, policy, reason)
 
     def ignored(self, body: Mapping[str, Any]) -> dict[str, str]:
         """The fields of a body that do not keep it apart from others, and why."""
         return {name: reason for name, reason in TRANSPORT.items() if name in body}
-
-    def _shares(self, ask: CompletionAsk) -> tuple[bool, str]:
-        if self._policy is Policy.OFF:
-            return False, "switched_off"
-        if ask.wish is not Wish.NONE:
-            return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
-        n = ask.body.get("n")
-        several = n is not None and n > 1
-        reason = None if several else self._reason(ask.body)
-        if reason is None and ask.idempotency_key is not None:
-            reason = "idempotency_key"
-        return reason is not None, reason or ("several_choices" if several else "sampling")
-
-    def _reason(self, body: Mapping[str, Any]) -> str | None:
-        """Why a body shares by itself."""
-        temperature = body.get("temperature")
-        if self._policy is Policy.ALWAYS:
-            return "always"
-        if type(temperature) in (int, float) and temperature == 0:
-            return "temperature"
-        return "seed" if body.get("seed") is not None else None
 
     def send(self, org_id: str, ask: CompletionAsk) -> CompletionTicket:
         """Join the call that answers a request, or start it. Never awaits.
@@ -501,7 +508,7 @@ class Completions:
             lane = self._lanes[plan.request.provider]
         except KeyError:
             raise ModelNotFound from None
-        run = CompletionRun(self, lane, org_id, plan)
+        run = CompletionRun(self, lane, org_id, plan, ask.request_id)
         key: object = plan.key or (plan.body_key, run.call_id)
         try:
             waiter = self.flights.join(key, run)
@@ -573,13 +580,40 @@ class Completions:
             self.logs.drop(name)
 
     def drain(self) -> None:
-        """Take nothing new on."""
+        """Take nothing new on; end calls as soon as nobody waits for them, since nobody can come back to them."""
         self.closing = True
+        for run in list(self._runs.values()):
+            run.flight.abandon_after(0.0)
+            if run.flight.waiters == 0:
+                self.flights.cancel(run.flight, ShuttingDown().failure())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Let running calls go on for `drain_s` seconds, end the rest."""
-        self.closing = True
+        self.drain()
         await self.flights.aclose(drain_s)
+
+
+def _shares(policy: Policy, ask: CompletionAsk) -> tuple[bool, str]:
+    if policy is Policy.OFF:
+        return False, "switched_off"
+    if ask.wish is not Wish.NONE:
+        return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
+    n = ask.body.get("n")
+    several = n is not None and n > 1
+    reason = None if several else _reason(policy, ask.body)
+    if reason is None and ask.idempotency_key is not None:
+        reason = "idempotency_key"
+    return reason is not None, reason or ("several_choices" if several else "sampling")
+
+
+def _reason(policy: Policy, body: Mapping[str, Any]) -> str | None:
+    """Why a body shares by itself."""
+    temperature = body.get("temperature")
+    if policy is Policy.ALWAYS:
+        return "always"
+    if type(temperature) in (int, float) and temperature == 0:
+        return "temperature"
+    return "seed" if body.get("seed") is not None else None
 
 
 def _remove(table: dict[Any, list[CompletionRun]], key: object, run: CompletionRun) -> None:

