@@ -282,30 +282,30 @@ class _Chunks:
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
         choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
-        extras = chunk.keys() - _PLAIN
         if not choices:
-            if all(name in self._told and self._told[name] == chunk[name] for name in extras):
+            if all(name in self._told and self._told[name] == chunk[name] for name in chunk.keys() - _PLAIN):
                 return None
             # Many clients look at the first choice of any chunk, unless they asked for figures.
             choices = [{"index": 0, "delta": {}, "finish_reason": None}]
         else:
             for choice in choices:
-                index = choice.setdefault("index", 0)
-                choice["delta"] = self._delta(index, choice.get("delta") or {})
-                choice.setdefault("finish_reason", None)
-        for name in extras:
-            self._told[name] = chunk[name]
+                self._tidy_choice(choice)
+        if not chunk.keys() <= _PLAIN:
+            self._told.update((name, chunk[name]) for name in chunk.keys() - _PLAIN)
         tidy = {**chunk, **self._head, "choices": choices}
         tidy.pop("usage", None)
         return tidy
 
-    def _delta(self, index: int, delta: Json) -> Json:
+    def _tidy_choice(self, choice: Json) -> None:
+        index, delta = choice.setdefault("index", 0), choice.get("delta") or {}
         # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
-        role = delta.pop("role", None)
-        if index in self._choices:
-            return delta
-        self._choices.add(index)
-        return {"role": role or "assistant", **delta}
+        if index not in self._choices:
+            self._choices.add(index)
+            delta = {"role": delta.pop("role", None) or "assistant", **delta}
+        else:
+            delta.pop("role", None)
+        choice["delta"] = delta
+        choice.setdefault("finish_reason", None)
 
 
 def _says_something(choice: Json) -> bool:
