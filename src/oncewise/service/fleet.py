@@ -129,18 +129,28 @@ class Following:
         self._fleet.tell(word, self.owner, surely=withdrawn)
 
     def repeat(
-        self, log: StreamLog, reset: Callable[[int], tuple[str, Mapping[str, Any]]], told: Callable[[], None]
+        self,
+        log: StreamLog,
+        reset: Callable[[int], tuple[str, Mapping[str, Any]]],
+        told: Callable[[], None],
+        *,
+        closes: bool = True,
     ) -> None:
-        """Repeat the text of the work in a log of this worker; `told` is called when some came."""
+        """Repeat the text of the work in a log of this worker; see `Mirror` for the rest."""
         relay = self._fleet.relay
         if self._mirror is None and relay is not None:
-            self._mirror = Mirror(relay, self.name, log, reset, told)
+            self._mirror = Mirror(relay, self.name, log, reset, told, closes=closes)
             self.say()
 
     @property
     def heard(self) -> int:
         """Pieces of text that came so far."""
         return 0 if self._mirror is None else self._mirror.heard
+
+    @property
+    def ending(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and data of the end, once that came."""
+        return None if self._mirror is None else self._mirror.ending
 
     def leave(self) -> None:
         """Be interested no more. Calling it again does nothing."""
@@ -167,6 +177,10 @@ class Fleet:
         coordination: The quick way; None if there is none.
         slow: The way through the database; None where there are surely no others.
         keep_s: Seconds for which others may read a log after its last event.
+
+    Attributes:
+        relay, claims: Those of the quick way.
+        errands: What is done beside requests, and ended with the fleet.
     """
 
     def __init__(
@@ -183,7 +197,7 @@ class Fleet:
         self.relay = None if coordination is None else coordination.relay
         self.claims = None if coordination is None else coordination.claims
         self._outbox = None if coordination is None else Outbox(coordination.relay, keep_s=keep_s)
-        self._errands = Errands()
+        self.errands = Errands()
         self._led: dict[str, _Leading] = {}
         self._following: dict[str, list[Following]] = {}
         self._hearers: dict[str, Hearer] = {
@@ -266,7 +280,7 @@ class Fleet:
             with suppress(OncewiseError):
                 interest.waiter = leading.work.board()
         if interest.text and self._outbox is not None:
-            self._errands.run(self._publish(signal.name, leading))
+            self.errands.run(self._publish(signal.name, leading))
 
     async def _publish(self, name: str, leading: _Leading) -> None:
         log = await leading.work.watch()
@@ -339,7 +353,7 @@ class Fleet:
             surely: Also the slow way, should the quick one not be there.
         """
         if self.prompt or surely:
-            self._errands.run(self._send(signal, to, surely=surely))
+            self.errands.run(self._send(signal, to, surely=surely))
 
     async def _send(self, signal: Signal, to: str | None, *, surely: bool) -> Signals:
         """Send a word; return the way it went.
@@ -427,4 +441,4 @@ class Fleet:
             self._drop(name, leading)
         if self._outbox is not None:
             await self._outbox.aclose()
-        await self._errands.aclose()
+        await self.errands.aclose()
