@@ -116,10 +116,10 @@ async def test_a_follower_goes_by_the_name_of_the_call(pair):
     with pair.other.send() as ticket:
         await until(lambda: ticket.run.holder)
         assert ticket.run.call_id.startswith("lead-")
-        record = ticket.record(arrived_s=0.0, finished_at_ms=0, completion=None, error_code=None)
-        assert (record.upstream_calls, record.role) == (0, Role.FOLLOWER)
+        assert ticket.role is Role.FOLLOWER
         pair.provider.go.set()
-        await ticket.result()
+        share = ticket.share(completion := await ticket.result())
+        assert (share.calls, share.pays, share.bill.usage) == (0, False, completion.usage)
     await tasks[0]
 
 

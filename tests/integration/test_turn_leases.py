@@ -4,6 +4,7 @@ The rows of the turn ledger's protocol, one by one, with an owner that is late, 
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -245,10 +246,11 @@ async def test_a_fenced_owner_does_not_tell_its_own_failure(held):
 
 
 async def test_a_failure_that_cannot_be_stored_is_told_all_the_same(held):
-    """As what it was; the row is left to the sweeper, and viewers have their end."""
+    """As what it was, once patience has run out; the row is left to the sweeper, and viewers have their end."""
+    held.turns.rules = replace(held.turns.rules, commit_patience_s=0.1)
     thread = await held.thread()
     held.provider.failures = [(1, ProviderError("no", retryable=False))]
-    held.ledger.fail("end", StorageUnavailable())
+    held.ledger.fail("end", StorageUnavailable(), times=9)
     caller, claim = await leading(held, thread)
     log = await held.turns.run_of(thread.org_id, claim.turn_id).watch()
     held.provider.go.set()

@@ -524,10 +524,10 @@ async def test_the_last_of_two_flights_to_lose_interest_stops_the_call(held):
     await held.provider.started.wait()
     keyless = asyncio.create_task(caller("keyless"))
     await asyncio.sleep(0.02)
-    held.turns.cancel_request("org_a", "keyed")
+    await held.turns.cancel_request("org_a", "keyed")
     await asyncio.sleep(0.02)
     assert held.provider.running == 1
-    held.turns.cancel_request("org_a", "keyless")
+    await held.turns.cancel_request("org_a", "keyless")
     async with asyncio.timeout(1):
         while held.provider.running:
             await asyncio.sleep(0.005)
