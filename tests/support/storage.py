@@ -13,6 +13,7 @@ import uuid_utils
 from oncewise.errors import Failure, LeaderLost, ProviderError, TurnCancelled
 from oncewise.model import Answer, FinishReason, StoredTurn, TurnAsk, TurnClaim, TurnState, Usage
 from oncewise.ports import Admission, KeyStore, Lead, RequestLog, ThreadStore, TurnLedger
+from oncewise.storage import ledger, pairs, requests, threads
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
@@ -161,6 +162,16 @@ async def postgres_storage(_directory: Path) -> AsyncGenerator[Storage, None]:
     """The ports on a new PostgreSQL database."""
     async with fresh_database() as url, _first(lambda owner: open_postgres(url, owner=owner)) as storage:
         yield storage
+
+
+def statements() -> dict[str, sa.Executable]:
+    """Every statement that is made before it is needed, by its module and name."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in (ledger, pairs, threads, requests)
+        for name, value in vars(module).items()
+        if isinstance(value, sa.Select | sa.Update | sa.Delete)
+    }
 
 
 ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[Storage]]] = {
