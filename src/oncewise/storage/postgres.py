@@ -127,9 +127,10 @@ def _trouble(error: BaseException) -> _Trouble | None:
     if isinstance(driver_error, asyncpg.PostgresError):
         state = driver_error.sqlstate or ""
         return next((_MEANING[state[:size]] for size in (5, 3, 2) if state[:size] in _MEANING), None)
-    # asyncpg's complaints about values are ValueErrors besides; the others are about the connection.
-    about_connection = isinstance(driver_error, (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError))
-    return _Trouble.BROKEN if about_connection and not isinstance(driver_error, ValueError) else None
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return _Trouble.BROKEN
+    # asyncpg complains of its caller and of the connection with one class, and has closed it in the latter case.
+    return _Trouble.BROKEN if isinstance(driver_error, (asyncpg.InternalClientError, OSError)) else None
 
 
 def _forget_values(error: BaseException) -> None:
@@ -301,18 +302,20 @@ class PostgresDatabase:
 
     async def _run(self, engine: AsyncEngine, begin: Callable[[], _Read[Result]]) -> Result:
         async with self._places:
-            for _ in range(_TRIES):
+            for tries_left in reversed(range(_TRIES)):
                 transaction = begin()
                 try:
                     async with self._connection(engine) as conn:
                         await conn.run_sync(transaction)
-                except Exception as error:  # noqa: BLE001 - judged, and raised again unless the database is to blame
+                except Exception as error:
                     _forget_values(error)
                     if not await self._is_in(transaction, error):
+                        if not tries_left:
+                            raise StorageUnavailable from error
                         await asyncio.sleep(_PAUSE_S)
                         continue
                 return transaction.result
-            raise StorageUnavailable
+        raise AssertionError  # the last try returns or raises
 
     async def _is_in(self, transaction: _Read[Any], error: Exception) -> bool:
         """Whether a transaction that met with `error` is in all the same; False if it should be run again.
