@@ -81,6 +81,14 @@ PASSED: list[Column] = [
     ("failed", "failed", "{:.0f}"),
     ("peak RSS MiB", "peak_rss_mib", "{:.0f}"),
 ]
+SILENT: list[Column] = [
+    ("complete", "complete", "{:.0f}"),
+    ("delta lag p95 ms, alone", "alone_p95_ms", "{:.1f}"),
+    ("delta lag p95 ms, beside them", "beside_p95_ms", "{:.1f}"),
+    ("beside / alone", "beside_over_alone", "{:.2f}"),
+    ("MiB PSS added by them", "added_mib", "{:.1f}"),
+    ("cut off s after the end", "gone_after_s", "{:.1f}"),
+]
 LATE: list[Column] = [
     ("deltas", "deltas", "{:,.0f}"),
     ("bytes", "backlog_bytes", "{:,.0f}"),
@@ -197,6 +205,16 @@ PAGES = {
             "late joiner",
             {},
             LATE,
+        ),
+    ],
+    "http-slow": [
+        Section(
+            "Viewers that never read",
+            "200 deltas of 3,000 characters, 25 ms apart; the second half, when all buffers of those that take nothing "
+            "are full. They are cut off 10 s after their send is blocked, and may resume.",
+            "never read",
+            {"readers": "read", "silent": "never read"},
+            SILENT,
         ),
     ],
     "http-passthrough": [

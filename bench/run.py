@@ -8,14 +8,21 @@ import argparse
 import tempfile
 
 from bench import figures
-from bench.http import burst, fanout, memory, passthrough
+from bench.http import burst, fanout, memory, passthrough, slow
 
-PROGRAMS = {"burst": burst.main, "memory": memory.main, "fanout": fanout.main, "passthrough": passthrough.main}
+PROGRAMS = {
+    "burst": burst.main,
+    "memory": memory.main,
+    "fanout": fanout.main,
+    "slow": slow.main,
+    "passthrough": passthrough.main,
+}
 QUICK = {
     "burst": ["--requests", "20", "--provider-ms", "50"],
     "memory": ["--followers", "20", "--call-ms", "200"],
     # Without the rival, whose library is for benchmarks alone.
     "fanout": ["--viewers", "5", "--deltas", "10", "--backlog", "50", "--servers", "bare", "oncewise"],
+    "slow": ["--readers", "2", "--silent", "2", "--deltas", "30"],
     # Without the peers, which are installed when they are first asked for.
     "passthrough": ["--connections", "4", "--seconds", "0.2", "--deltas", "3", "--servers", "direct", "oncewise"],
 }

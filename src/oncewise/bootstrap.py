@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -22,13 +21,15 @@ from oncewise.core.coalesce import Coalescer
 from oncewise.core.pacing import LocalLimiter, Pacer, PacerStats
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
-from oncewise.errors import OncewiseError, StorageUnavailable
+from oncewise.errors import OncewiseError
 from oncewise.ports import Listener, Provider
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
+from oncewise.providers.prices import PublicPrices
+from oncewise.service.accounts import Accounts, Prices
 from oncewise.service.calls import Calls, ProviderLane, remember_s
 from oncewise.service.completions import Completions
 from oncewise.service.keys import Keys
@@ -38,15 +39,21 @@ from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.settings import ProviderSettings, Settings
+from oncewise.storage.database import Database
+from oncewise.storage.engines import open_database
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
 from oncewise.storage.requests import SqlRequestLog
-from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Lanes", "Services", "open_services"]
+
+
+LOG_BYTES = 256 * 2**20
+"""What the logs of one process may hold: half for viewers of turns, half for running calls and those of /v1."""
 
 
 class Lanes(dict[str, ProviderLane]):
@@ -83,13 +90,14 @@ class Services:
     turns: Turns
     completions: Completions
     metrics: Metrics
+    accounts: Accounts
     keys: Keys
     hub: StreamHub
     prometheus: Prometheus
     names: ModelNames
     warnings: tuple[str, ...]
     draining: bool = False
-    _database: SqliteDatabase = field(kw_only=True, repr=False)
+    _database: Database = field(kw_only=True, repr=False)
     _opened: AsyncExitStack = field(kw_only=True, repr=False)
 
     async def ready(self) -> dict[str, str]:
@@ -120,21 +128,30 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder) -> Services:
+async def open_services(settings: Settings, encoder: Encoder, figures: SharedFigures | None = None) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
+
+    Args:
+        settings: What to serve with.
+        encoder: How events look on the wire.
+        figures: What this process shares with the other workers of its server; closed with the services.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
-        SchemaMismatch: the database was made by a newer version.
+        SchemaMismatch: the database has another version's schema.
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
-        return await _wire(settings, encoder, opening)
+        if figures is not None:
+            opening.callback(figures.close)
+        return await _wire(settings, encoder, opening, figures)
 
 
-async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -> Services:
+async def _wire(
+    settings: Settings, encoder: Encoder, opening: AsyncExitStack, figures: SharedFigures | None
+) -> Services:
     owner = _new_id()
-    database = await open_sqlite(_sqlite_path(settings.database_url), owner=owner)
+    database = await open_database(settings, owner=owner)
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
     listeners: list[Listener] = [log_event]
@@ -144,10 +161,14 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
             listener(event)
 
     lanes = _lanes(settings, opening, tell)
-    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
+    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
     listeners.append(prometheus)
+    metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
+    opening.callback(prometheus.publish)
+    # Before the calls are: their end may be what a row waits for.
+    opening.push_async_callback(metrics.flush)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
         ledger=ledger,
@@ -158,8 +179,6 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         rules=rules,
         ids=_new_id,
     )
-    metrics = Metrics(SqlRequestLog(database), listener=prometheus)
-    opening.push_async_callback(metrics.flush)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
     keys = Keys(SqlKeyStore(database, ids=_new_id))
@@ -167,13 +186,14 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     completions = Completions(
         lanes,
         names,
-        logs=StreamHub(retention_s=settings.log_retention_s),
+        logs=StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=settings.log_retention_s),
         ids=_new_id,
         policies=_policies(settings),
         listener=tell,
     )
-    await ledger.sweep(dead_owners=await database.dead_owners())
-    for beside in (metrics.run(), keys.run(), _sweep(ledger, database, settings.lease_s)):
+    await _resolve_lost(ledger, database)
+    shared = metrics.run(then=prometheus.publish)
+    for beside in (shared, keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,
@@ -181,6 +201,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         turns,
         completions,
         metrics,
+        Accounts(metrics.record),
         keys,
         hub,
         prometheus,
@@ -194,7 +215,8 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
 def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Calls:
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
-    return Calls(lanes, ledger=ledger, flights=flights, logs=StreamHub(retention_s=0.0), ids=_new_id)
+    logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
+    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
 
 
 def _policies(settings: Settings) -> Policies:
@@ -203,15 +225,15 @@ def _policies(settings: Settings) -> Policies:
     return Policies(Policy(settings.v1_coalesce), tenants, models)
 
 
+def _prices(settings: Settings) -> Prices:
+    own = {name: (price.input_usd_per_mtok, price.output_usd_per_mtok) for name, price in settings.prices.items()}
+    # With the demo behind every name nothing is paid to anybody.
+    named = {} if settings.demo else settings.providers
+    return Prices(PublicPrices({name: provider.base_url for name, provider in named.items()}), own)
+
+
 def _new_id() -> str:
     return str(uuid7())
-
-
-def _sqlite_path(url: str) -> str:
-    parsed = sa.make_url(url)
-    if not parsed.database:
-        raise StorageUnavailable("An SQLite database needs a file.")
-    return str(Path(parsed.database).expanduser())
 
 
 def _background(work: Awaitable[None]) -> Callable[[], Awaitable[None]]:
@@ -226,12 +248,40 @@ def _background(work: Awaitable[None]) -> Callable[[], Awaitable[None]]:
     return end
 
 
-async def _sweep(ledger: SqlTurnLedger, database: SqliteDatabase, every_s: float) -> None:
+# -- turns whose owner is lost -----------------------------------------------------------------------------------
+
+LOOK_EVERY_S = 1.0
+"""How soon a killed process is missed. Whoever follows one of its turns looks at the row twice as often."""
+FOLLOWERS_FIRST_S = 3.0
+"""Seconds in which a lost turn belongs to those who wait for it; afterwards nobody does, and it is ended."""
+
+
+async def _resolve_lost(ledger: SqlTurnLedger, database: Database) -> None:
+    """At start: what an earlier process left open."""
+    dead = await database.dead_owners()
+    if await database.alone():
+        # Nobody can be waiting for any of them.
+        await ledger.sweep(dead_owners=dead)
+    elif dead:
+        await ledger.lapse(dead)
+
+
+async def _free_lost(ledger: SqlTurnLedger, database: Database) -> None:
+    """Let the leases of dead owners lapse, so that whoever follows one of their turns takes it over."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        with suppress(OncewiseError):
+            dead = await database.dead_owners()
+            if dead:
+                await ledger.lapse(dead)
+
+
+async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
     """End turns whose owner is lost and that nobody waits for."""
     while True:
         await asyncio.sleep(every_s)
         with suppress(OncewiseError):
-            await ledger.sweep(dead_owners=await database.dead_owners())
+            await ledger.sweep(lapsed_s=FOLLOWERS_FIRST_S)
 
 
 # -- providers ---------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ __all__ = [
     "Listener",
     "LogEntry",
     "LogTail",
+    "PriceTable",
     "Provider",
     "ProviderEvent",
     "Relay",
@@ -142,6 +143,22 @@ class Provider(Protocol):
 
     async def aclose(self) -> None:
         """Close pooled connections. Calls that still run fail."""
+        ...
+
+
+class PriceTable(Protocol):
+    """Public prices of models, as they came with the installed version: nobody is ever asked for newer ones."""
+
+    def lists(self, provider: str) -> bool:
+        """Whether there may be prices of a configured provider's models. Loads nothing."""
+        ...
+
+    async def load(self) -> None:
+        """Get the prices ready, once, without holding up the event loop. Again does nothing."""
+        ...
+
+    def usd(self, provider: str, model: str, usage: Usage) -> float | None:
+        """What a call of now costs in US dollars; None if the model's price is not known. Loaded before."""
         ...
 
 
@@ -305,8 +322,18 @@ class TurnLedger(Protocol):
         """Let the lease lapse now, so that another owner may take over at once."""
         ...
 
-    async def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
-        """End turns whose lease has lapsed, or whose owner is named dead, as `interrupted` with their partial.
+    async def lapse(self, dead_owners: Sequence[str]) -> int:
+        """Let the leases of these owners' open turns lapse now, so that others may take them over at once.
+
+        Returns how many leases that were.
+        """
+        ...
+
+    async def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
+        """End turns that nobody works on as `interrupted` with their partial.
+
+        Those are turns whose lease lapsed at least `lapsed_s` seconds ago, time for a follower to take them over, and
+        turns whose owner is named dead.
 
         Their epoch grows, as on a takeover: a viewer may have been shown more than the partial.
 

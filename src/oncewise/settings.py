@@ -37,6 +37,7 @@ __all__ = [
     "Settings",
     "is_loopback",
     "load_settings",
+    "shown_url",
     "variable_of",
 ]
 
@@ -94,7 +95,7 @@ class ProviderSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="Calls that may start together after a pause, 1 to 1,000,000. Never more than RPS rounded down (at "
-        "least 1): a provider of 1 call/s would refuse the second of two at once.",
+        "least 1): a provider of 1 call/s would refuse the second of two at once. No second has more than RPS.",
     )
     concurrency: int = Field(default=3, ge=1, le=1_000_000, description="Calls that may run at a time, 1 to 1,000,000.")
 
@@ -154,12 +155,30 @@ class Settings(BaseModel):
         default=8000, ge=0, le=65_535, description="TCP port to listen on, 0 to 65,535; 0 takes any free one."
     )
     workers: int = Field(
-        default=1, ge=1, le=64, description="Server processes, 1 to 64. This version serves with 1 only."
+        default=1,
+        ge=1,
+        le=64,
+        description="Server processes on one port, 1 to 64. More than one needs a Redis or Valkey between them, or the "
+        "extra `oncewise[local]`, which brings one.",
     )
     database_url: str = Field(
         default_factory=lambda: f"sqlite:///{platformdirs.user_data_path('oncewise') / 'oncewise.db'}",
         repr=False,
-        description="Where threads are stored: `sqlite:///relative/path` or `sqlite:////absolute/path`.",
+        description="Where threads are stored: `sqlite:///relative/path`, `sqlite:////absolute/path`, or "
+        "`postgresql://user:password@host:port/database` (PostgreSQL 15 or newer), which several servers may share.",
+    )
+    database_connections: int = Field(
+        default=5,
+        ge=1,
+        le=100,
+        description="Connections to PostgreSQL that a process opens at most, 1 to 100; one more shows the others that "
+        "it is alive. SQLite needs none.",
+    )
+    database_transaction_pooling: bool = Field(
+        default=False,
+        description="Whether a pooler stands before PostgreSQL that gives each transaction another session, as "
+        "PgBouncer does in transaction mode. Turns of a process that was killed are then taken over when their lease "
+        "has lapsed, not at once.",
     )
     redis_url: str | None = Field(
         default=None,
@@ -249,23 +268,18 @@ class Settings(BaseModel):
         "none.",
     )
 
-    @field_validator("workers")
-    @classmethod
-    def _one_worker(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError(
-                "more than one worker needs Redis or Valkey between them (ONCEWISE_REDIS_URL, --redis), which this "
-                "version cannot use yet; set it to 1"
-            )
-        return value
-
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, value: str) -> str:
-        if value.startswith(("postgresql://", "postgres://", "postgresql+")):
-            raise ValueError("PostgreSQL cannot be used by this version; use sqlite:////absolute/path")
+        if value.startswith(("postgresql://", "postgres://", "postgresql+asyncpg://")):
+            return value
+        if value.startswith("postgres"):
+            raise ValueError("must begin with postgresql://, without the name of a driver")
         if not value.startswith("sqlite:///") or value in {"sqlite:///", "sqlite:///:memory:"}:
-            raise ValueError("must name a file, as sqlite:///relative/path or sqlite:////absolute/path")
+            raise ValueError(
+                "must name a file, as sqlite:///relative/path or sqlite:////absolute/path, or a database, as "
+                "postgresql://user:password@host:port/database"
+            )
         if "?" in value:
             # It would begin the options of the URL, of which there are none: another file would be opened.
             raise ValueError("must not contain a question mark")
@@ -360,6 +374,19 @@ def variable_of(path: SettingPath) -> str:
     if path[0] == "providers":
         return "_".join(path[1:]).upper().replace("-", "_")
     return ENVIRONMENT_PREFIX + path[0].upper()
+
+
+def shown_url(url: str) -> str:
+    """A database's or Redis's URL without its password."""
+    if url.startswith("sqlite:"):
+        return url
+    place, question, options = url.partition("?")
+    scheme, _, rest = place.partition("://")
+    # The last @: a password may hold one, unquoted.
+    who, at, where = rest.rpartition("@")
+    user, colon, _password = who.partition(":")
+    hidden = f"{scheme}://{user}{':***' if colon else ''}{at}{where}"
+    return hidden + question + re.sub(r"(?i)((?:^|&)[a-z]*password=)[^&]*", r"\1***", options)
 
 
 def is_loopback(host: str) -> bool:

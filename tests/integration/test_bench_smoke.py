@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "passthrough"])
+@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "slow", "passthrough"])
 def test_program_measures_and_records(program: str) -> None:
     """Each program starts its servers, measures, checks what came back and writes its results."""
     done = subprocess.run(

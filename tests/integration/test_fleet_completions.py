@@ -116,10 +116,9 @@ async def test_a_follower_goes_by_the_name_of_the_call(pair):
     with pair.other.send() as ticket:
         await until(lambda: ticket.run.holder)
         assert ticket.run.call_id.startswith("lead-")
-        record = ticket.record(arrived_s=0.0, finished_at_ms=0, completion=None, error_code=None)
-        assert (record.upstream_calls, record.role) == (0, Role.FOLLOWER)
         pair.provider.go.set()
-        await ticket.result()
+        share = ticket.share(await ticket.result())
+        assert (share.role, share.pays, share.calls, share.bill.usage.total_tokens) == (Role.FOLLOWER, False, 0, 23)
     await tasks[0]
 
 

@@ -24,6 +24,8 @@ from oncewise.errors import (
 )
 from oncewise.model import (
     Answer,
+    ChatMessage,
+    ChatRequest,
     FinishReason,
     MessageStatus,
     OnBusy,
@@ -35,6 +37,7 @@ from oncewise.model import (
     Usage,
 )
 from oncewise.service.turns import TurnRun
+from oncewise.storage.threads import SqlThreadStore
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
 
@@ -288,6 +291,50 @@ async def test_a_newcomer_never_gets_the_end_of_an_abandoned_turn(held):
     assert held.provider.closed_early == 1
     assert len(held.provider.calls) == 2
     await held.settled()
+
+
+class SlowEnd:
+    """The real ledger, in which a turn takes its time to end without an answer."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.ending = asyncio.Event()
+        self.go = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def end(self, *args: Any, **kwargs: Any) -> Any:
+        self.ending.set()
+        await self.go.wait()
+        return await self._ledger.end(*args, **kwargs)
+
+
+@pytest.mark.parametrize("by", ["leaving", "cancel"])
+async def test_a_message_that_comes_while_its_twin_is_being_ended_gets_a_turn_of_its_own(tmp_path, by):
+    """C12: however long that takes. The ledger names the twin still, and nobody can join it any more."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=SlowEnd) as desk:
+        thread = await desk.thread()
+        first = asyncio.create_task(desk.outcome(thread, on_disconnect=OnDisconnect.CANCEL))
+        await desk.provider.started.wait()
+        turn = await desk.threads.active(thread.org_id, thread.id)
+        if by == "leaving":
+            first.cancel()
+            cancel = None
+        else:
+            cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
+        await desk.ledger.ending.wait()
+        newcomer = asyncio.create_task(desk.told(thread))
+        await asyncio.sleep(0.02)
+        desk.ledger.go.set()
+        desk.provider.go.set()
+
+        result, role = await newcomer
+        assert (result.stored.assistant_message.content, role) == ("pong", "leader")
+        assert result.stored.id != turn.id
+        if cancel is not None:
+            assert (await cancel).state is TurnState.CANCELLED
+        await desk.settled()
 
 
 async def test_a_provider_that_cancels_itself_cancels_no_caller(desk):
@@ -721,6 +768,35 @@ async def test_deleting_a_thread_stops_its_turns_first(held):
     with pytest.raises(NotFound):
         await held.threads.get(thread.org_id, thread.id)
     await held.settled()
+
+
+async def test_a_thread_that_another_process_deletes_leaves_nothing_open(held):
+    """Its turns find their rows gone: callers are told that there is no such thing, viewers end where they are."""
+    thread = await held.thread()
+    callers = [asyncio.create_task(held.outcome(thread, text)) for text in ("one", "two")]
+    await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
+    viewer = (await held.threads.watch(turn)).view()
+    store = SqlThreadStore(held.database, ids=str)
+    await store.delete(thread.org_id, thread.id)
+    held.provider.go.set()
+
+    assert [(await caller).code for caller in callers] == ["not_found"] * 2
+    assert [chunk async for chunk in viewer] == []
+    await held.settled()
+
+
+async def test_a_call_that_is_left_before_its_first_step_leaves_nothing_behind(desk):
+    """No log, which nobody would ever close."""
+    thread = await desk.thread()
+    lead = await desk.ledger.admit(desk.ask(thread), owner="x", lease_s=10.0, replay_window_s=0.0, queue_limit=32)
+    request = ChatRequest("scripted", "scripted-1", (ChatMessage("user", "Hello"),), Params())
+
+    waiter, _ = desk.calls.join(thread.org_id, request, lead.claim)
+    waiter.leave()
+
+    await desk.settled()
+    assert desk.provider.calls == []
 
 
 class FailingLedger:

@@ -80,6 +80,9 @@ class Desk:
                 await asyncio.sleep(0.005)
         for stats in (self.turns.flights.stats(), self.calls.flights.stats()):
             assert (stats.flights, stats.waiters, stats.tasks) == (0, 0, 0)
+        await asyncio.sleep(0)
+        assert self.hub.stats().open_logs == 0
+        assert self.calls.logs.stats().logs == 0
         pacer = self.calls.lanes["scripted"].pacer.stats()
         assert (pacer.waiting, pacer.running) == (0, 0)
         assert self.fleet._led == {}

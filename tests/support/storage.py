@@ -16,9 +16,11 @@ from oncewise.ports import Admission, KeyStore, Lead, RequestLog, ThreadStore, T
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.postgres import open_postgres
 from oncewise.storage.requests import SqlRequestLog
 from oncewise.storage.sqlite import open_sqlite
 from oncewise.storage.threads import SqlThreadStore
+from tests.support.postgres import fresh_database
 
 LEASE_S = 10.0
 WINDOW_S = 30.0
@@ -134,5 +136,19 @@ async def sqlite_storage(directory: Path) -> AsyncGenerator[Storage, None]:
         await database.aclose()
 
 
-ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[Storage]]] = {"sqlite": sqlite_storage}
+@asynccontextmanager
+async def postgres_storage(_directory: Path) -> AsyncGenerator[Storage, None]:
+    """The ports on a new PostgreSQL database."""
+    async with fresh_database() as url:
+        database = await open_postgres(url, owner="worker-1")
+        try:
+            yield storage_on(database)
+        finally:
+            await database.aclose()
+
+
+ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[Storage]]] = {
+    "sqlite": sqlite_storage,
+    "postgresql": postgres_storage,
+}
 """Every engine behind the ports; a new one is one more entry."""

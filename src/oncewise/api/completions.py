@@ -9,7 +9,6 @@ Deliberately absent: which requests share a call (`oncewise.service.completions`
 """
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.exchange import Exchange, Headers
 from oncewise.api.json_body import BodyCache
 from oncewise.api.openai_errors import openai_body
@@ -76,7 +76,8 @@ class CompletionRoutes:
         exchange.check_media_type()
         body = self._read(exchange.body)
         ask = ask_of(exchange, body)
-        with exchange.services.completions.send(org_id, ask) as ticket, exchange.presence():
+        send = exchange.services.completions.send
+        with send(org_id, ask) as ticket, unless_gone(exchange, ticket, stream=body.stream):
             if body.stream:
                 await self._stream(exchange, ticket, wants_usage=body.wants_usage, numbered=ask.resumable)
             else:
@@ -88,7 +89,7 @@ class CompletionRoutes:
         except OncewiseError as error:
             await _refuse(exchange, ticket, error)
             return
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=False)
         headers = [_JSON, *_call_headers(ticket), *_timings(exchange, ticket.run)]
         await exchange.answer(200, ticket.run.document(completion), headers)
 
@@ -116,9 +117,9 @@ class CompletionRoutes:
             _check_stopped(exchange, stream)
             completion = await ticket.result()
         except OncewiseError as error:
-            _account(exchange, ticket, None, error.code)
+            account(exchange, ticket, None, error.code, stream=True)
             return _error_event(error)
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=True)
         return _good_end(completion, wants_usage=wants_usage)
 
     @contextmanager
@@ -332,18 +333,6 @@ def _timings(exchange: Exchange, run: CompletionRun) -> Headers:
     ]
 
 
-def _account(
-    exchange: Exchange, ticket: CompletionTicket, completion: Completion | None, error_code: str | None
-) -> None:
-    record = ticket.record(
-        arrived_s=exchange.arrived_s,
-        finished_at_ms=time.time_ns() // 1_000_000,
-        completion=completion,
-        error_code=error_code,
-    )
-    exchange.services.metrics.record(record)
-
-
 async def _refuse(exchange: Exchange, ticket: CompletionTicket, error: OncewiseError) -> None:
-    _account(exchange, ticket, None, error.code)
+    account(exchange, ticket, None, error.code, stream=ticket.ask.stream)
     await exchange.refuse(error, _call_headers(ticket))

@@ -3,7 +3,6 @@
 Secrets are never shown, only whether they are set.
 """
 
-import re
 from collections.abc import Iterator
 
 from pydantic import SecretStr
@@ -11,11 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from oncewise.settings import TABLES, Loaded, ModelPrice, ProviderSettings, Settings, variable_of
+from oncewise.settings import TABLES, Loaded, ModelPrice, ProviderSettings, Settings, shown_url, variable_of
 
 __all__ = ["rows", "show"]
-
-_PASSWORD = re.compile(r"(?<=//)([^/@]*):[^@]*@")
 
 
 def show(loaded: Loaded, *, origin: bool) -> None:
@@ -60,4 +57,4 @@ def _shown(value: object) -> str:
         return "set"
     if value is None:
         return "not set"
-    return _PASSWORD.sub(r"\1:***@", str(value))
+    return shown_url(value) if isinstance(value, str) and "://" in value else str(value)

@@ -65,20 +65,34 @@ class Gcra:
 
 
 class LocalLimiter:
-    """A `StartLimiter` for one process."""
+    """A `StartLimiter` for one process: `Gcra`, and no more starts in any second than the rate.
+
+    A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
+    the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
+    the guard between starts leaves room enough.
+    """
 
     def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
         self._gcra = Gcra(rate, burst)
         self._clock_s = clock_s
+        spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
+        self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
 
     async def reserve(self) -> float:
         """Book the next start; return the seconds until it."""
         now_s = self._clock_s()
-        return self._gcra.reserve(now_s) - now_s
+        start_s = self._gcra.reserve(now_s)
+        if self._latest.maxlen:
+            if len(self._latest) == self._latest.maxlen:
+                start_s = max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
+            self._latest.append(start_s)
+        return start_s - now_s
 
     async def give_back(self) -> None:
         """Return the reservation made last."""
         self._gcra.give_back()
+        if self._latest:
+            self._latest.pop()
 
 
 @dataclass(frozen=True, slots=True)

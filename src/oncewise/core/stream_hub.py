@@ -98,7 +98,7 @@ class HubStats:
 
 
 class StreamLog:
-    """The events of one stream. Opened, kept and dropped by its `StreamHub`.
+    """The events of one stream. Opened, kept and dropped by its `StreamHub`; made by hand it counts for nothing there.
 
     Attributes:
         epoch: The attempt that writes now.
@@ -130,7 +130,7 @@ class StreamLog:
         "viewers",
     )
 
-    def __init__(self, hub: "StreamHub", key: Hashable, epoch: int) -> None:
+    def __init__(self, hub: "StreamHub", key: Hashable, epoch: int = 1) -> None:
         self.key = key
         self.epoch = epoch
         self.viewers = 0
@@ -145,7 +145,7 @@ class StreamLog:
         self._ending: tuple[str, Mapping[str, Any]] | None = None
         self._reset: bytes = b""
         self._bytes = 0
-        self._held = True
+        self._held = False
         self._timer: asyncio.TimerHandle | None = None
         # Viewers that wait, and so have all there is: those with a sink are fed, the others woken.
         self._fed: dict[Viewer, Callable[[bytes], bool]] = {}
@@ -585,8 +585,13 @@ class StreamHub:
 
     def open(self, key: Hashable, epoch: int = 1) -> StreamLog:
         """Make the log of a stream. The key contains the tenant; a key that is in use gets a new log in its place."""
-        self.drop(key)
-        log = self._logs[key] = StreamLog(self, key, epoch)
+        return self.hold(StreamLog(self, key, epoch))
+
+    def hold(self, log: StreamLog) -> StreamLog:
+        """Count a new log among those of this hub, in the place of one of the same key."""
+        self.drop(log.key)
+        log._held = True
+        self._logs[log.key] = log
         return log
 
     def get(self, key: Hashable) -> StreamLog | None:

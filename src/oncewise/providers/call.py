@@ -20,6 +20,7 @@ import orjson
 
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderTimeout
 from oncewise.providers.event_stream import Event, EventNotUtf8, EventStream, EventTooLarge
+from oncewise.providers.halves import Halves
 from oncewise.providers.refusals import error_names, refusal, retry_after_s, retry_delay_s
 from oncewise.providers.transport import (
     ConnectTimedOut,
@@ -186,15 +187,15 @@ def broken(detail: str, *, retryable: bool = True, self_inflicted: bool = False)
     return error
 
 
-def json_object(provider: str, event: Event) -> dict[str, Any]:
-    """The JSON object in an event's data.
+def json_object(provider: str, event: Event, halves: Halves) -> dict[str, Any]:
+    """The JSON object in an event's data; `halves` has read the events before it.
 
     Raises:
         ProviderProtocolError: it is not one; lone surrogates and numbers that are not JSON included.
     """
     try:
-        value = orjson.loads(event.data)
-    except orjson.JSONDecodeError:
+        value = halves.read(event.data)
+    except ValueError:
         raise broken(f"{provider} sent an event that is not JSON.") from None
     if not isinstance(value, dict):
         raise broken(f"{provider} sent an event that is not a JSON object.")

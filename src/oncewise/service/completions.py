@@ -43,8 +43,9 @@ from oncewise.errors import (
     TurnCancelled,
     UnknownProvider,
 )
-from oncewise.model import CompletionRequest, RequestRecord, Role, Usage
+from oncewise.model import CompletionRequest, Role, Usage
 from oncewise.ports import Chunk, Listener, Signal
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.attempts import Attempts, ProviderLane, remember_s
 from oncewise.service.fleet import Fleet
 from oncewise.service.model_names import ModelNames
@@ -132,16 +133,18 @@ class CompletionRun(Attempts[Completion]):
         own: Whether it is shared with nobody.
         streamed: Whether anybody may have seen a part of it.
         holder: The worker that makes the call, if that is another one.
+        leader_id: Request id of whoever started it.
     """
 
     flight: Flight[Completion]
 
-    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
+    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan, leader_id: str) -> None:
         super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
         self.own = plan.key is None
+        self.leader_id = leader_id
         self.resumable = False
         self.idempotency: tuple[str, str] | None = None
         self.log: StreamLog = desk.logs.open((org_id, self.call_id))
@@ -151,9 +154,11 @@ class CompletionRun(Attempts[Completion]):
         self._desk = desk
         self._own_id = self.call_id
         self._name: str | None = None
+        self._followed: Completion | None = None
         self._stopped: Failure | None = None
         self._created_s = desk.now_s()
         self._document: bytes | None = None
+        self._answer: _Chunks | None = None
 
     async def __call__(self, flight: Flight[Completion]) -> Completion:
         """Make the call.
@@ -185,7 +190,8 @@ class CompletionRun(Attempts[Completion]):
                     self.enter()
                     return await self.run(flight)
                 try:
-                    return await self._follow(self.holder, claim)
+                    self._followed = await self._follow(self.holder, claim)
+                    return self._followed  # noqa: TRY300  the end of the loop is for calls that were lost
                 except CallLost:
                     if self.log.closed or (self.streamed and self.log.deltas):
                         raise LeaderLost from None
@@ -245,6 +251,18 @@ class CompletionRun(Attempts[Completion]):
         return self._document
 
     @property
+    def bill(self) -> Bill:
+        """What the call came to, as far as it got."""
+        request, answer = self.plan.request, self._answer
+        if self._followed is not None:
+            done = self._followed
+            return Bill(request.provider, request.model, done.usage, done.cost_usd, str(done.head["model"]))
+        if answer is None:
+            return Bill(request.provider, request.model)
+        usage, cost_usd = answer.figures(self.log)
+        return Bill(request.provider, request.model, usage, cost_usd, answer.model)
+
+    @property
     def _shown(self) -> bool:
         return self.log.deltas > 0
 
@@ -252,7 +270,7 @@ class CompletionRun(Attempts[Completion]):
         return answer.usage
 
     async def _read(self) -> Completion:
-        answer = _Chunks(self.plan.request, self.call_id, self._created_s)
+        answer = self._answer = _Chunks(self.plan.request, self.call_id, self._created_s)
         async with aclosing(self._lane.provider.chunks(self.plan.request)) as chunks:
             async for chunk in chunks:
                 for ready in answer.take(chunk):
@@ -298,6 +316,16 @@ class _Chunks:
         ready, self._held = self._held, None
         return ready
 
+    @property
+    def model(self) -> str:
+        """The model that the provider says it used, else the one it was asked for."""
+        model: str = self._head["model"]
+        return model
+
+    def figures(self, log: StreamLog) -> tuple[Usage | None, float | None]:
+        """Tokens and cost of whatever came so far; None for no tokens if nothing did."""
+        return self._usage or (_estimate(self._request, log) if log.deltas else None), self._cost_usd
+
     def completion(self, log: StreamLog) -> Completion:
         """The end of a good answer."""
         usage = self._usage or _estimate(self._request, log)
@@ -322,9 +350,9 @@ class _Chunks:
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
         choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
-        extras = {name: chunk[name] for name in chunk.keys() - _PLAIN}
+        extras = chunk.keys() - _PLAIN
         if not choices:
-            if all(name in self._told and self._told[name] == value for name, value in extras.items()):
+            if all(name in self._told and self._told[name] == chunk[name] for name in extras):
                 return None
             # Many clients look at the first choice of any chunk, unless they asked for figures.
             choices = [{"index": 0, "delta": {}, "finish_reason": None}]
@@ -333,7 +361,8 @@ class _Chunks:
                 index = choice.setdefault("index", 0)
                 choice["delta"] = self._delta(index, choice.get("delta") or {})
                 choice.setdefault("finish_reason", None)
-        self._told |= extras
+        for name in extras:
+            self._told[name] = chunk[name]
         tidy = {**chunk, **self._head, "choices": choices}
         tidy.pop("usage", None)
         return tidy
@@ -411,16 +440,20 @@ class CompletionTicket:
 
     Attributes:
         run: The call.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
+
+    surface = "v1"
 
     def __init__(
         self, waiter: Waiter[Completion], run: CompletionRun, role: Role, org_id: str, ask: CompletionAsk
     ) -> None:
         self.run = run
         self._role = role
+        self.org_id = org_id
+        self.ask = ask
+        self.accounted = False
         self._waiter = waiter
-        self._org_id = org_id
-        self._ask = ask
 
     @property
     def role(self) -> Role:
@@ -445,40 +478,31 @@ class CompletionTicket:
     def __exit__(self, *_raised: object) -> None:
         self.leave()
 
-    def record(
-        self, *, arrived_s: float, finished_at_ms: int, completion: Completion | None, error_code: str | None
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    @property
+    def _leads(self) -> bool:
+        return self.role in (Role.LEADER, Role.BYPASS)
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            finished_at_ms: Now, for people.
-            completion: What it got; None if it failed.
-            error_code: Why it failed.
-        """
-        run, ended_s = self.run, asyncio.get_running_loop().time()
-        leads = self.role in (Role.LEADER, Role.BYPASS)
-        usage = completion.usage if completion is not None else Usage(0, 0)
-        cost_usd = (completion.cost_usd if completion is not None else None) or 0.0
-        return RequestRecord(
-            request_id=self._ask.request_id,
-            org_id=self._org_id,
-            surface="v1",
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the call has ended if this request led it, else at once."""
+        if self._leads:
+            self.run.flight.after(tell)
+        else:
+            tell()
+
+    def share(self, _result: Completion | None) -> Share:
+        """What this request had of the call."""
+        run, leads = self.run, self._leads
+        request = run.plan.request
+        return Share(
             role=self.role,
-            stream=self._ask.stream,
-            provider=run.plan.request.provider,
-            model=run.plan.request.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if completion is None else max(0.0, ((run.first_s or ended_s) - arrived_s) * 1000),
+            provider=request.provider,
+            model=request.model,
+            bill=run.bill,
+            pays=leads,
+            calls=run.calls if leads else 0,
+            first_s=run.first_s,
             queue_wait_ms=(run.queue_wait_s or 0.0) * 1000 if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if leads else 0,
-            completion_tokens=usage.completion_tokens if leads else 0,
-            upstream_calls=run.calls if leads else 0,
-            tokens_saved=0 if leads else usage.total_tokens,
-            cost_usd=cost_usd if leads else 0.0,
-            cost_saved_usd=0.0 if leads else cost_usd,
-            error_code=error_code,
+            leader_id=run.leader_id,
             call_id=run.call_id,
         )
 
@@ -613,7 +637,7 @@ class Completions:
             lane = self._lanes[plan.request.provider]
         except KeyError:
             raise ModelNotFound from None
-        run = CompletionRun(self, lane, org_id, plan)
+        run = CompletionRun(self, lane, org_id, plan, ask.request_id)
         key: object = plan.key or (plan.body_key, run.call_id)
         try:
             waiter = self.flights.join(key, run)

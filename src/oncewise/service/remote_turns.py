@@ -41,7 +41,10 @@ class RemoteTurn:
         row: The turn as it was read last.
         log: Its log here; None while nobody has looked.
         first_s: When the first text came, by the event loop's clock; None before.
+        leader_id: Who started it is known to its leader alone.
     """
+
+    leader_id = None
 
     def __init__(self, desk: "RemoteTurns", turn: StoredTurn) -> None:
         self.row = turn

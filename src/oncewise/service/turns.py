@@ -43,7 +43,6 @@ from oncewise.model import (
     ChatRequest,
     OnBusy,
     OnDisconnect,
-    RequestRecord,
     Role,
     StoredTurn,
     TurnAsk,
@@ -51,6 +50,7 @@ from oncewise.model import (
     TurnState,
 )
 from oncewise.ports import Admission, Follow, Lead, Replay, Signal, TurnLedger
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
 from oncewise.service.fleet import Fleet
 from oncewise.service.remote_turns import RemoteTurn, RemoteTurns, turn_name
@@ -97,22 +97,24 @@ class TurnRun:
 
     Attributes:
         admitted: Set, and announced, once the ledger has decided.
+        leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
         viewed: Whose log shows the turn: this run's, or that of what it follows here or in another worker.
         place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
+        flight: The flight this is the work of, once it has begun.
     """
 
-    def __init__(self, desk: "Turns", ask: TurnAsk) -> None:
+    def __init__(self, desk: "Turns", ask: TurnAsk, leader_id: str) -> None:
         self.ask = ask
+        self.leader_id = leader_id
         self.admitted: Admitted | None = None
         self.log: StreamLog | None = None
         self.viewed: TurnRun | RemoteTurn = self
         self.ended = asyncio.Event()
         self.place = 0
-        self.key: RequestKey | None = None
+        self.flight: Flight[TurnResult] | None = None
         self._desk = desk
-        self._flight: Flight[TurnResult] | None = None
         self._task: asyncio.Task[Any] | None = None
         self._claim: TurnClaim | None = None
         self._call: CallRun | None = None
@@ -135,7 +137,7 @@ class TurnRun:
         Raises:
             OncewiseError: whatever ended the turn; it has been stored and told to the viewers before.
         """
-        self._flight = flight
+        self.flight = flight
         self._task = asyncio.current_task()
         self._started_s = asyncio.get_running_loop().time()
         while True:
@@ -174,8 +176,8 @@ class TurnRun:
         ask = self.ask
         meta = self._desk.calls.lane(ask.provider).meta
         self.admitted = Admitted(turn_id, ask.thread_id, role, state, epoch, position, ask.provider, ask.model, meta)
-        if self._flight is not None:
-            self._flight.announce()
+        if self.flight is not None:
+            self.flight.announce()
 
     def _replay(self, turn: StoredTurn, role: Role, first_delta_s: float | None = None) -> TurnResult:
         self._announce(turn.id, role, turn.state, turn.epoch, 0)
@@ -184,9 +186,9 @@ class TurnRun:
         return TurnResult(turn, first_delta_s=first_delta_s)
 
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
-        """The outcome of a turn that another flight leads; None if that is being stopped: the ledger is asked anew."""
+        """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None:
+        if run is None or run.flight is None:
             return await self._follow_remote(turn)
         waiter = run.board()
         if waiter is None:
@@ -197,8 +199,7 @@ class TurnRun:
         self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, position)
         try:
             with waiter:
-                leading: TurnResult = await waiter.result()
-                return leading
+                return await waiter.result()
         finally:
             if self._stop is not None and waiter.flight.waiters == 0:
                 run.stop(self._stop)
@@ -276,7 +277,8 @@ class TurnRun:
         finally:
             beat.cancel()
             if self.log is not None:
-                # Whatever went wrong on the way: viewers of a log that nobody writes any more would wait for ever.
+                # Ended long ago, unless the row could not be read, is gone with its thread, or something else went
+                # wrong: then its viewers end where they are, and are told when they resume.
                 self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
@@ -312,9 +314,9 @@ class TurnRun:
 
     def _call_started(self) -> None:
         self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
-        if self._flight is not None:
-            self._flight.mark_running()
-            self._flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
+        if self.flight is not None:
+            self.flight.mark_running()
+            self.flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
 
     async def _copy(self, call: CallRun) -> None:
         """Bring the call's text into the turn's log as it comes."""
@@ -378,7 +380,12 @@ class TurnRun:
     @property
     def requesters(self) -> int:
         """How many requests wait for this turn."""
-        return self._flight.waiters if self._flight is not None else 0
+        return self.flight.waiters if self.flight is not None else 0
+
+    @property
+    def led_call(self) -> CallRun | None:
+        """The call that this flight leads; None while there is none, or it shares the call of another."""
+        return self._call if self._led_call else None
 
     @property
     def upstream_calls(self) -> int:
@@ -409,20 +416,24 @@ class TurnRun:
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
         kept_s = loop.time()
-        while True:
+        alive = True
+        while alive:
             await asyncio.sleep(rules.lease_s / 3)
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
-                alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+                # Not longer: a database that says nothing does not keep the lease either.
+                async with asyncio.timeout_at(kept_s + safe_s):
+                    alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+            except TimeoutError:
+                alive = False
             except (StorageUnavailable, StorageFull):
-                alive = loop.time() - kept_s < rules.lease_s - 1.0
+                alive = loop.time() - kept_s < safe_s
             else:
                 kept_s = asked_s
-            if not alive:
-                self._fence()
-                return
+        self._fence()
 
     def _fence(self) -> None:
         # Once, and not while the end is being written: a cancel there would leave it untold.
@@ -437,25 +448,16 @@ class TurnRun:
         """The turn's place in its thread; -1 before it is known."""
         return self._claim.idx if self._claim is not None else -1
 
-    @property
-    def stopping(self) -> bool:
-        """Whether this run is being stopped, so that nobody should join it."""
-        return self._stop is not None or self.ended.is_set()
-
     def board(self) -> Waiter[TurnResult] | None:
-        """An interest in this run; None if it is being stopped, so that nobody should join it."""
-        waiter = None if self.key is None or self.stopping else self._desk.flights.follow(self.key)
-        if waiter is not None and waiter.flight.work is not self:
-            waiter.leave()
-            return None
-        return waiter
+        """An interest in this run; None if it is being ended, so that nobody should join it."""
+        return None if self.flight is None else self._desk.flights.follow_flight(self.flight)
 
     def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
-        if self._stop is None and not self.ended.is_set() and self._flight is not None:
+        if self._stop is None and not self.ended.is_set() and self.flight is not None:
             self._stop = failure
             self._keep_partial = keep_partial
-            self._desk.flights.cancel(self._flight, failure)
+            self._desk.flights.cancel(self.flight, failure)
 
     async def _commit(self, claim: TurnClaim, call: CallResult) -> TurnResult:
         completion = call.completion
@@ -592,9 +594,12 @@ class TurnTicket:
         request_id: What the sender calls the request; `Turns.cancel_request` takes it.
         viewer: Set by whoever streams, so that a withdrawal wakes it.
         withdrawn: Whether the request was cancelled by its id.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
 
-    __slots__ = ("_desk", "_waiter", "ask", "request_id", "run", "viewer", "withdrawn")
+    __slots__ = ("_desk", "_waiter", "accounted", "ask", "request_id", "run", "viewer", "withdrawn")
+
+    surface = "threads"
 
     def __init__(self, desk: "Turns", waiter: Waiter[TurnResult], ask: TurnAsk, request_id: str) -> None:
         run = waiter.flight.work
@@ -604,8 +609,14 @@ class TurnTicket:
         self.run = run
         self.viewer: Viewer | None = None
         self.withdrawn = False
+        self.accounted = False
         self._desk = desk
         self._waiter = waiter
+
+    @property
+    def org_id(self) -> str:
+        """The tenant of the request."""
+        return self.ask.org_id
 
     async def admitted(self) -> Admitted:
         """What is known of the turn; waits until the ledger has decided.
@@ -641,54 +652,40 @@ class TurnTicket:
         """The log of the turn, for streaming; None if it runs in another process or is only stored."""
         return await self.run.viewed.watch()
 
-    def record(
-        self,
-        *,
-        arrived_s: float,
-        ended_s: float,
-        finished_at_ms: int,
-        stream: bool,
-        result: TurnResult | None,
-        error_code: str | None,
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the turn and the call it led have ended if this request led the turn, else at once."""
+        if self._waiter.role is Role.LEADER:
+            self._waiter.flight.after(lambda: self._after_call(tell))
+        else:
+            tell()
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            ended_s: When its answer was ready, by the same clock.
-            finished_at_ms: The same moment for people, in milliseconds since the epoch.
-            stream: Whether the answer was streamed.
-            result: What the request got; None if it failed.
-            error_code: Why it failed.
-        """
-        role, admitted = self.role(), self.run.admitted
+    def _after_call(self, tell: Callable[[], None]) -> None:
+        # It may go on without its turn, for the turns of other threads that share it.
+        call = self.run.led_call
+        if call is None:
+            tell()
+        else:
+            call.flight.after(tell)
+
+    def share(self, result: TurnResult | None) -> Share:
+        """What this request had of its turn."""
+        run, ask, role, admitted = self.run, self.ask, self.role(), self.run.admitted
         leads = role in (Role.LEADER, Role.BYPASS)
-        calls = self.run.upstream_calls if leads else 0
-        usage = result.stored.usage if result is not None else None
-        tokens = usage.total_tokens if usage is not None else 0
-        cost_usd = (result.cost_usd if result is not None else None) or 0.0
-        first_s = result.first_delta_s if result is not None else None
-        return RequestRecord(
-            request_id=self.request_id,
-            org_id=self.ask.org_id,
-            surface="threads",
+        call = run.led_call if leads else None
+        bill = call.bill if call is not None else None if result is None else _bill_of(result.stored)
+        shown = None if result is None else result.stored.call_id
+        return Share(
             role=role,
-            stream=stream,
-            provider=self.ask.provider,
-            model=self.ask.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if result is None else max(0.0, ((first_s or ended_s) - arrived_s) * 1000),
-            queue_wait_ms=self.run.queue_wait_ms if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if usage is not None and calls else 0,
-            completion_tokens=usage.completion_tokens if usage is not None and calls else 0,
-            upstream_calls=calls,
-            tokens_saved=0 if calls else tokens,
-            cost_usd=cost_usd if calls else 0.0,
-            cost_saved_usd=0.0 if calls else cost_usd,
-            error_code=error_code,
-            turn_id=admitted.turn_id if admitted is not None else None,
-            call_id=result.stored.call_id if result is not None else None,
+            provider=ask.provider,
+            model=ask.model,
+            bill=bill,
+            pays=call is not None,
+            calls=0 if call is None else call.calls,
+            first_s=None if result is None else result.first_delta_s,
+            queue_wait_ms=run.queue_wait_ms if leads else 0.0,
+            leader_id=None if role is Role.REPLAYED else run.viewed.leader_id,
+            turn_id=None if admitted is None else admitted.turn_id,
+            call_id=shown if call is None else call.call_id,
         )
 
     def withdraw(self) -> None:
@@ -709,6 +706,12 @@ class TurnTicket:
     ) -> None:
         self._waiter.leave()
         self._desk.forget(self)
+
+
+def _bill_of(turn: StoredTurn) -> Bill:
+    message = turn.assistant_message
+    said = None if message is None else message.model
+    return Bill(turn.ask.provider, turn.ask.model, turn.usage, turn.cost_usd, said)
 
 
 class Turns:
@@ -755,9 +758,7 @@ class Turns:
         key = self._identity(ask)
         waiter = self.flights.follow(key)
         if waiter is None:
-            run = TurnRun(self, ask)
-            run.key = key
-            waiter = self.flights.join(key, run)
+            waiter = self.flights.join(key, TurnRun(self, ask, request_id))
         ticket = TurnTicket(self, waiter, ask, request_id)
         self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
         return ticket

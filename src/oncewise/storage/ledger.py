@@ -35,7 +35,7 @@ from oncewise.storage.pairs import ORG, THREAD, TURN, Pair, lock_thread, pair_of
 from oncewise.storage.rows import ask_columns, ask_of, to_ms, turn_of, usage_columns
 from oncewise.storage.tables import attempts, messages, threads, turns
 
-__all__ = ["SqlTurnLedger"]
+__all__ = ["SqlTurnLedger", "open_owners"]
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -161,6 +161,17 @@ _LOST = (
     .order_by(turns.c.lease_until_s)
 )
 
+# Of all tenants: a process that died served all of them.
+_LAPSE = (
+    sa.update(turns)
+    .where(
+        _OPEN,
+        turns.c.lease_until_s > sa.bindparam("now_s"),
+        turns.c.owner.in_(sa.bindparam("dead_owners", expanding=True)),
+    )
+    .values(lease_until_s=sa.bindparam("now_s"))
+)
+
 _START_CALL = sa.insert(attempts)
 _FINISH_CALL = (
     sa.update(attempts)
@@ -177,6 +188,15 @@ _FINISH_CALL = (
         usage_estimated=sa.bindparam("estimated"),
     )
 )
+
+
+# Ordered as the index of open turns; DISTINCT would read through all turns ever stored.
+_OPEN_OWNERS = sa.select(turns.c.owner).where(_OPEN).order_by(turns.c.lease_until_s)
+
+
+def open_owners(conn: sa.Connection) -> frozenset[str]:
+    """Who holds turns that are not final."""
+    return frozenset(conn.execute(_OPEN_OWNERS).scalars())
 
 
 def _in(org_id: str, thread_id: str) -> dict[str, Any]:
@@ -443,11 +463,16 @@ def _partial_pair(row: Row, partial: str) -> Pair:
     )
 
 
-def _sweep(conn: sa.Connection, now_s: float, ids: Ids, dead_owners: Sequence[str]) -> int:
-    lost = conn.execute(_LOST, {"now_s": now_s, "dead_owners": list(dead_owners)}).all()
+def _lapse(conn: sa.Connection, now_s: float, dead_owners: Sequence[str]) -> int:
+    return conn.execute(_LAPSE, {"now_s": now_s, "dead_owners": list(dead_owners)}).rowcount
+
+
+def _sweep(conn: sa.Connection, now_s: float, ids: Ids, dead_owners: Sequence[str], lapsed_s: float) -> int:
+    lost = conn.execute(_LOST, {"now_s": now_s - lapsed_s, "dead_owners": list(dead_owners)}).all()
     failure = LeaderLost().failure()
     ended = 0
-    for row in sorted(lost, key=lambda row: row.idx):
+    # Threads in one order everywhere: two sweeps that hold one each must not wait for each other's.
+    for row in sorted(lost, key=lambda row: (row.thread_id, row.idx)):
         claim = TurnClaim(row.org_id, row.thread_id, row.id, row.idx, row.epoch)
         ending = _Ending(TurnState.INTERRUPTED, failure, row.partial, row.partial_seq, row.call_id)
         ended += _end(conn, now_s, ids, claim, ending, update=_END_LOST) is not None
@@ -585,9 +610,13 @@ class SqlTurnLedger:
         """See `TurnLedger.release`."""
         await self._write(_release, claim)
 
-    async def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
+    async def lapse(self, dead_owners: Sequence[str]) -> int:
+        """See `TurnLedger.lapse`."""
+        return await self._write(_lapse, dead_owners)
+
+    async def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
         """See `TurnLedger.sweep`."""
-        return await self._write(_sweep, self._ids, dead_owners)
+        return await self._write(_sweep, self._ids, dead_owners, lapsed_s)
 
     async def turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """See `TurnLedger.turn`."""

@@ -239,6 +239,9 @@ requests = sa.Table(
     _text("error_code", null=True),
     _text("turn_id", null=True),
     _text("call_id", null=True),
+    _text("leader_id", null=True),
+    _text("cost_basis", null=True),
+    sa.Column("usage_estimated", sa.Boolean),
     sa.Index(None, "finished_at_ms", "number"),
     sa.Index(None, "org_id", "finished_at_ms", "number"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.util import await_only
 
 from oncewise.errors import StorageUnavailable
 from oncewise.storage.tables import orgs
@@ -37,7 +38,7 @@ def failing_after(work: Callable[[sa.Connection], object], error: Exception) -> 
 
 
 class Gate:
-    """Holds a transaction until the test lets it go on."""
+    """Holds a transaction until the test lets it go on: its thread, or on an asyncio driver its task."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -45,7 +46,10 @@ class Gate:
 
     def __call__(self, conn: sa.Connection) -> None:
         self.entered.set()
-        assert self.opened.wait(10)
+        if conn.dialect.is_async:
+            assert await_only(asyncio.to_thread(self.opened.wait, 10))
+        else:
+            assert self.opened.wait(10)
 
 
 async def test_a_result_is_there_for_every_reader_once_it_is_told(storage: Storage):
@@ -76,9 +80,10 @@ async def test_one_failure_in_a_group_harms_none_of_its_neighbours(storage: Stor
 
     outcomes = await asyncio.gather(*group, return_exceptions=True)
     await held
-    assert [outcomes[n] for n in (0, 2, 4)] == ["a", "c", "d"]
+    assert [outcomes[n] for n in (2, 4)] == ["c", "d"]
     assert isinstance(outcomes[1], Broken)
-    assert isinstance(outcomes[3], sa.exc.IntegrityError)
+    # Whichever of the two came first.
+    assert sorted(type(outcomes[n]).__name__ for n in (0, 3)) == ["IntegrityError", "str"]
     assert await storage.database.read(names) == ["a", "c", "d"]
 
 
@@ -105,7 +110,11 @@ async def test_a_cancelled_callers_transaction_is_whole_and_its_own(storage: Sto
 
     with pytest.raises(Broken):
         await storage.database.write(failing_after(adding("d"), Broken()))
-    assert await storage.database.read(names) == ["a", "b", "c"]
+    async with asyncio.timeout(5):
+        # Engines that run several transactions at a time owe no order to those that nobody waits for.
+        while len(seen := await storage.database.read(names)) < 3:
+            await asyncio.sleep(0.01)
+    assert seen == ["a", "b", "c"]
     assert unheard == []
 
 

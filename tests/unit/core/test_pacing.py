@@ -106,6 +106,27 @@ def test_giving_back_never_earns_more_than_a_pause_would() -> None:
     assert [gcra.reserve(0.0) for _ in range(3)] == pytest.approx([0.0, 0.0, 0.515])
 
 
+@pytest.mark.parametrize(("rate", "burst"), [(1.0, 2), (2.0, 2), (10.0, 5), (20.0, 3), (40.0, 2), (100.0, 100)])
+async def test_the_second_of_a_burst_has_no_more_starts_than_any_other(rate: float, burst: int) -> None:
+    """20 calls/s are 20 in any second, also in the first one after a pause; and the rate is had all the same."""
+    now_s, most = 0.0, int(rate)
+    limiter = LocalLimiter(rate, burst, lambda: now_s)
+    starts = []
+    for now_s in (0.0, 100.0):
+        starts += [round(now_s + await limiter.reserve(), 9) for _ in range(most * 5)]
+    assert starts.count(0.0) == starts.count(100.0) == min(burst, most)
+    assert all(later - sooner > 1.0 for sooner, later in zip(starts, starts[most:], strict=False))
+    assert starts[most * 5 - 1] <= 5 * 1.03
+
+
+async def test_a_start_that_is_given_back_leaves_room_in_its_second() -> None:
+    """As if it had never been booked."""
+    limiter = LocalLimiter(2.0, 2, lambda: 0.0)
+    assert [await limiter.reserve() for _ in range(2)] == [0.0, 0.0]
+    await limiter.give_back()
+    assert [await limiter.reserve() for _ in range(2)] == pytest.approx([0.0, 1.03])
+
+
 # -- the queue ---------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +200,20 @@ async def test_a_pause_holds_every_start_back_and_its_end_is_no_burst() -> None:
     line.pause(5.0)
     await asyncio.gather(*others)
     assert calls.times == pytest.approx([0.0, 10.0, 10.0 + SPACING_S])
+
+
+@virtual_time
+async def test_a_pause_may_become_longer_while_it_is_waited_for() -> None:
+    """Two calls run and both are refused: the second refusal counts from when it came."""
+    line = pacer(100.0)
+    calls = Calls(line)
+    line.pause(5.0)
+    (waiting,) = calls.begin("a")
+    await asyncio.sleep(2.0)
+    line.pause(10.0)
+    line.pause(1.0)
+    await waiting
+    assert calls.times == pytest.approx([12.0])
 
 
 @virtual_time
@@ -376,6 +411,24 @@ async def test_a_permit_given_to_the_last_caller_as_it_leaves_is_free_again() ->
 
 
 @virtual_time
+async def test_a_permit_that_nobody_is_left_to_take_does_not_stop_the_line() -> None:
+    """It was handed on to one who leaves as well, while the next start waited for a place."""
+    line = pacer(10_000.0, concurrency=1)
+    calls = Calls(line)
+    first, second, third = calls.begin("a", "b", "c")
+    while not line.stats().running:
+        await turns()
+    first.cancel()
+    await turns()
+    second.cancel()
+    third.cancel()
+    await asyncio.wait([first, second, third])
+    async with asyncio.timeout(1.0):
+        await calls.make("d")
+    assert (calls.order, line.stats()) == ("d", IDLE)
+
+
+@virtual_time
 async def test_a_start_that_nobody_wants_any_more_is_given_back() -> None:
     """All leave before the start comes: whoever asks then gets it without waiting a spacing more."""
     calls = Calls(pacer())
@@ -467,6 +520,7 @@ async def test_closing_tells_who_waits_and_leaves_who_runs() -> None:
     await turns(5)
     await calls.line.aclose()
     assert virtual_loop().time() == 0.0
+    assert asyncio.all_tasks() - {running, *waiting} == {asyncio.current_task()}
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(each) for each in results] == [ShuttingDown] * 2
     with pytest.raises(ShuttingDown):
