@@ -786,6 +786,11 @@ class Turns:
             parts = ["fingerprint", ask.fingerprint]
         return request_key(ask.org_id, "turn", ask.thread_id, *parts)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for a turn here, or is known to have waited."""
+        return not (self._tickets or self._runs or self._ended)
+
     def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
