@@ -190,7 +190,7 @@ class TurnRun:
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
         """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None:
+        if run is None or run.flight is None:
             return await self._follow_remote(turn)
         waiter = run.board()
         if waiter is None:
@@ -787,6 +787,11 @@ class Turns:
         else:
             parts = ["fingerprint", ask.fingerprint]
         return request_key(ask.org_id, "turn", ask.thread_id, *parts)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for a turn here, or is known to have waited."""
+        return not (self._tickets or self._runs or self._ended)
 
     def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
         """The run that leads a turn in this process."""

@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from oncewise.errors import StorageFull, StorageUnavailable
 from oncewise.storage import schema
-from oncewise.storage.database import DatabaseTime, begun_at
+from oncewise.storage.database import UNKNOWN, DatabaseTime, begun_at
 from oncewise.storage.ledger import open_owners
 from oncewise.storage.places import Places
 from oncewise.storage.sign_of_life import SignOfLife
@@ -380,6 +380,10 @@ class PostgresDatabase:
     async def alone(self) -> bool:
         """See `Database.alone`."""
         return self._sign is not None and await self.read(self._sign.alone)
+
+    async def neighbours(self) -> int:
+        """See `Database.neighbours`."""
+        return UNKNOWN if self._sign is None else await self.read(self._sign.others)
 
     async def hazards(self) -> tuple[str, ...]:
         """See `Database.hazards`."""

@@ -91,6 +91,10 @@ class SignOfLife:
         """Whether no other process of ours holds a lock."""
         return self._held(conn) <= {self._number}
 
+    def others(self, conn: sa.Connection) -> int:
+        """How many other processes of ours hold a lock."""
+        return len(self._held(conn) - {self._number})
+
     @staticmethod
     def _held(conn: sa.Connection) -> frozenset[int]:
         # PostgreSQL shows the number without its sign.
