@@ -52,7 +52,9 @@ class Leash:
         self.brief: Message = json.loads(first)
 
     def tell(self, message: Message) -> None:
-        self._end.sendall(json.dumps(message).encode() + b"\n")
+        # Of a supervisor that is gone the thread hears.
+        with suppress(OSError):
+            self._end.sendall(json.dumps(message).encode() + b"\n")
 
     def refuse(self, reason: str) -> NoReturn:
         """Say why this worker cannot serve, and end it."""
@@ -93,6 +95,7 @@ class WorkerServer(Server):
         self._leash = leash
         self._groups = groups
         self._inherited: dict[int, list[asyncio.Server]] = {}
+        self._hurried = False
         self._orders: asyncio.Queue[Message] = asyncio.Queue()
         self._obeying: asyncio.Task[None] | None = None
 
@@ -113,7 +116,10 @@ class WorkerServer(Server):
     def hurry(self) -> None:
         """Wait for nothing any more; hand back what runs."""
         self.handle_exit(SIGTERM, None)
-        super().handle_exit(SIGTERM, None)
+        if not self._hurried:
+            self._hurried = True
+            # The second signal of our server; a third one would skip the hand-back as well.
+            super().handle_exit(SIGTERM, None)
 
     async def _drain(self) -> None:
         await super()._drain()
@@ -127,7 +133,9 @@ class WorkerServer(Server):
         while True:
             match await self._orders.get():
                 case {"accept": [*slots]}:
-                    await self._accept_for({slot for slot in slots if slot != self._leash.brief["slot"]})
+                    # No file descriptor left: connections wait for their own worker then, as before.
+                    with suppress(OSError):
+                        await self._accept_for({slot for slot in slots if slot != self._leash.brief["slot"]})
                 case {"do": "drain"}:
                     self.handle_exit(SIGTERM, None)
                 case {"do": "hurry"}:
