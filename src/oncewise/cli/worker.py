@@ -37,14 +37,21 @@ __all__ = ["main"]
 
 Message = dict[str, Any]
 
-LAST_GRACE_S = 5.0
-
 
 class Leash:
-    """The line to the supervisor, at the worker's end. Read in a thread: it must be heard while the loop is stuck."""
+    """The line to the supervisor, at the worker's end. Read in a thread: it must be heard while the loop is stuck.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        end: Of the pair of sockets.
+        grace_s: Seconds this process has to end by itself when the supervisor is gone.
+
+    Attributes:
+        brief: What the supervisor said first.
+    """
+
+    def __init__(self, end: socket.socket, *, grace_s: float = 5.0) -> None:
         self._end = end
+        self._grace_s = grace_s
         self._lines = end.makefile("rb")
         first = self._lines.readline()
         if not first:
@@ -74,7 +81,7 @@ class Leash:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(obey, {"do": "end"})
             shutil.rmtree(self.brief["folder"], ignore_errors=True)
-            time.sleep(LAST_GRACE_S)
+            time.sleep(self._grace_s)
             os._exit(1)
 
         threading.Thread(target=follow, name="oncewise-leash", daemon=True).start()
