@@ -7,6 +7,7 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -287,6 +288,8 @@ async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
 
 # -- providers ---------------------------------------------------------------------------------------------------
 
+QUEUE_S = 60.0
+QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
@@ -345,7 +348,9 @@ def _lane(
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProviderLane:
     limiter = LocalLimiter(rps, burst, asyncio.get_running_loop().time)
-    pacer = Pacer(limiter, concurrency=concurrency)
+    # Nobody waits whose start could not come in time: it is better told at once.
+    places = min(QUEUE_PLACES, math.ceil(rps * QUEUE_S))
+    pacer = Pacer(limiter, concurrency=concurrency, max_waiting=places, max_wait_s=QUEUE_S)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
     return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

