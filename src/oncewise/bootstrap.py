@@ -7,6 +7,7 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
+from oncewise.providers.native import NativeProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.providers.prices import PublicPrices
 from oncewise.service.accounts import Accounts, Prices
@@ -49,7 +51,7 @@ from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
 from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["Lanes", "Services", "open_services"]
+__all__ = ["Lanes", "Services", "connect", "open_services"]
 
 
 LOG_BYTES = 256 * 2**20
@@ -286,6 +288,8 @@ async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
 
 # -- providers ---------------------------------------------------------------------------------------------------
 
+QUEUE_S = 60.0
+QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
@@ -297,7 +301,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes
     lanes = {"demo": demo_lane}
     for configured in settings.providers.values():
         lanes[configured.name] = _lane(
-            _connect(configured),
+            connect(configured),
             configured.rps,
             opening,
             tell,
@@ -318,7 +322,8 @@ def _names(settings: Settings, lanes: Lanes) -> ModelNames:
     )
 
 
-def _connect(configured: ProviderSettings) -> Provider:
+def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativeProvider:
+    """The adapter of a configured provider; close it with `aclose`. Connects at the first call."""
     entry = configured.entry
     wire = entry.wire if entry else Wire.OPENAI
     name, base_url, concurrency = configured.name, configured.base_url, configured.concurrency
@@ -343,7 +348,9 @@ def _lane(
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProviderLane:
     limiter = LocalLimiter(rps, burst, asyncio.get_running_loop().time)
-    pacer = Pacer(limiter, concurrency=concurrency)
+    # Nobody waits whose start could not come in time: it is better told at once.
+    places = min(QUEUE_PLACES, math.ceil(rps * QUEUE_S))
+    pacer = Pacer(limiter, concurrency=concurrency, max_waiting=places, max_wait_s=QUEUE_S)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
     return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

@@ -126,6 +126,14 @@ async def ask_stream(site: Site, thread: str) -> Reply:
     return await site.stream(thread, "Give me five bullets.", model="lat700-n12-gap40")
 
 
+async def say_hello(site: Site, thread: str, model: str) -> Reply:
+    return await site.say(thread, "Hello", model=model)
+
+
+async def stream_hello(site: Site, thread: str, model: str) -> Reply:
+    return await site.stream(thread, "Hello", model=model)
+
+
 async def headline(sites: list[Site], fake: FakeProvider) -> None:
     """50 identical requests over 10 connections, JSON and streams mixed, spread over the sites."""
     thread = await sites[0].thread()
@@ -220,6 +228,35 @@ async def test_a_killed_worker_takes_nobody_with_it_and_is_replaced_within_two_s
         assert await fleet.server.exited(10) == 0
     died = [line for line in fleet.server.lines if "was killed by SIGKILL; another takes its place" in line]
     assert len(died) == 3
+
+
+async def test_a_turn_whose_worker_dies_is_taken_over_by_one_where_somebody_waits(
+    fake: FakeProvider, tmp_path: Path
+) -> None:
+    """Nothing was shown yet, so it is asked for again: everybody who still waits has one answer, stored once."""
+    async with serve_workers(tmp_path, fake) as fleet:
+        doomed, other = fleet.workers
+        thread = await other.thread()
+        model = "lat2000-n5"
+        body = json.dumps({"content": "Hello", "model": model}).encode()
+        fields = [fleet.server.host, ORG, JSON, ("content-length", str(len(body)))]
+        _reader, writer = await doomed.connect()
+        writer.write(doomed.head("POST", f"/api/threads/{thread}/messages", fields) + body)
+        await fake.call(1)
+        waiting = [asyncio.create_task(ask(other, thread, model)) for ask in (say_hello, stream_hello)]
+        await asyncio.sleep(0.5)
+        doomed.process.kill()
+        began_s = time.monotonic()
+        answer, stream = await asyncio.gather(*waiting)
+        took_s = time.monotonic() - began_s
+        writer.close()
+        assert (answer.status, stream.status) == (200, 200)
+        assert text_of(read_events(stream.body)) == answer.json()["assistant_message"]["content"]
+        assert terminal(read_events(stream.body)).name == "done"
+        assert [role for role, _text in await other.messages(thread)] == ["user", "assistant"]
+        assert fake.count == 2
+        # A second until the death is seen, two for the answer; the rest is for a machine that others use too.
+        assert took_s < 7
 
 
 async def test_what_waits_for_a_worker_that_dies_is_answered(fake: FakeProvider, tmp_path: Path) -> None:

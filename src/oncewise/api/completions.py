@@ -26,7 +26,8 @@ from oncewise.core.coalesce import Landed, Waiter
 from oncewise.core.stream_hub import Position, Viewer
 from oncewise.errors import ModelNotFound, NotFound, OncewiseError, ShuttingDown
 from oncewise.model import Role
-from oncewise.service.completions import Completion, CompletionRun, CompletionTicket
+from oncewise.service.completions import CompletionRun, CompletionTicket, RemoteCall
+from oncewise.service.shared_calls import Completion
 
 __all__ = ["CompletionRoutes"]
 
@@ -142,8 +143,9 @@ class CompletionRoutes:
         Raises:
             NotFound: no such call of this tenant runs, or ended a moment ago with a stream to be resumed.
         """
-        run, waiter = exchange.services.completions.watch(tenant_of(exchange), call_id)
         after = _starting_after(exchange)
+        seq = 0 if after is None else after.seq
+        run, waiter = await exchange.services.completions.watch(tenant_of(exchange), call_id, seq)
         if after is not None and after.seq > run.log.deltas:
             after = None
         viewer = run.log.view(after)
@@ -168,8 +170,7 @@ class CompletionRoutes:
         Raises:
             NotFound: no such call of this tenant.
         """
-        run = exchange.services.completions.cancel(tenant_of(exchange), call_id)
-        ended_well = isinstance(getattr(run.flight.outcome, "value", None), Completion)
+        ended_well = await exchange.services.completions.cancel(tenant_of(exchange), call_id)
         state = "completed" if ended_well else "cancelled"
         await exchange.answer(200, orjson.dumps({"id": call_id, "object": "chat.completion.call", "state": state}))
 
@@ -282,7 +283,7 @@ class _Numbered:
         self._viewer.close()
 
 
-async def _end_of(run: CompletionRun, waiter: Waiter[Completion] | None) -> Completion:
+async def _end_of(run: CompletionRun | RemoteCall, waiter: Waiter[Completion] | None) -> Completion:
     outcome = run.flight.outcome if waiter is None else await waiter.outcome()
     if isinstance(outcome, Landed):
         return outcome.value
@@ -292,7 +293,9 @@ async def _end_of(run: CompletionRun, waiter: Waiter[Completion] | None) -> Comp
 def _starting_after(exchange: Exchange) -> Position | None:
     sent = exchange.headers.get(b"last-event-id", b"").decode("latin-1")
     query = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("starting_after", [])
-    return Position.parse(query[0] if query else sent)
+    place = query[0] if query else sent
+    # A bare number, as OpenAI counts events: chunks are never taken back here, so all are of the first epoch.
+    return Position.parse(place if "-" in place else f"1-{place}")
 
 
 def _model(name: str) -> dict[str, Any]:

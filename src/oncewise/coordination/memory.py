@@ -70,11 +70,6 @@ class World:
         """The ports of one more worker."""
         return MemoryCoordination(self, address)
 
-    def ask(self) -> None:
-        """Fail if nothing is answered now; called before anything is done."""
-        if self.down:
-            raise CoordinationUnavailable
-
     def answer(self) -> None:
         """Fail if this answer is lost; called after everything is done."""
         if self.lose_answers > 0:
@@ -99,10 +94,31 @@ def _now_s() -> float:
     return asyncio.get_running_loop().time()
 
 
+class _Worker:
+    """One worker's way to the world, for as long as it lives."""
+
+    def __init__(self, world: World, address: str) -> None:
+        self.world = world
+        self.address = address
+        self.dead = False
+
+    @property
+    def cut_off(self) -> bool:
+        return self.world.down or self.dead
+
+    def ask(self) -> World:
+        """The world, if it answers this worker; called before anything is done."""
+        if self.cut_off:
+            raise CoordinationUnavailable
+        return self.world
+
+
 class _Reader:
     """One reader of one log, and how far it has read."""
 
-    def __init__(self, world: World, name: str, take: Callable[[LogEntry], None], after: LogTail) -> None:
+    def __init__(self, worker: _Worker, name: str, take: Callable[[LogEntry], None], after: LogTail) -> None:
+        world = worker.world
+        self._worker = worker
         self._world = world
         self._name = name
         self._take = take
@@ -117,8 +133,8 @@ class _Reader:
         asyncio.get_running_loop().call_soon(self._read)
 
     def _read(self) -> None:
-        if self._world.down:
-            if not self._closed:
+        if self._worker.cut_off:
+            if not (self._closed or self._worker.dead):
                 asyncio.get_running_loop().call_later(0.05, self._read)
             return
         for entry in list(self._world.log(self._name).entries):
@@ -136,13 +152,12 @@ class _Reader:
 
 
 class _Relay:
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, worker: _Worker) -> None:
+        self._worker = worker
 
     async def append(self, name: str, entry: LogEntry, *, keep_s: float) -> LogTail:
         """See `Relay.append`."""
-        world = self._world
-        world.ask()
+        world = self._worker.ask()
         log = world.log(name)
         starts = LogTail(entry.epoch, entry.after)
         begins = entry.after == 0 and entry.epoch > log.tail.epoch
@@ -161,35 +176,34 @@ class _Relay:
 
     def read(self, name: str, take: Callable[[LogEntry], None], after: LogTail = NOTHING) -> Callable[[], None]:
         """See `Relay.read`."""
-        return _Reader(self._world, name, take, after).close
+        return _Reader(self._worker, name, take, after).close
 
 
 class _Signals:
-    def __init__(self, world: World, address: str) -> None:
-        self._world = world
-        self.address = address
+    def __init__(self, worker: _Worker) -> None:
+        self._worker = worker
+        self.address = worker.address
         self._hearers: list[Callable[[Signal], None]] = []
 
     @property
     def prompt(self) -> bool:
         """See `Signals.prompt`."""
-        return not self._world.down
+        return not self._worker.cut_off
 
     async def send(self, signal: Signal, to: str | None = None) -> None:
         """See `Signals.send`."""
-        self._world.ask()
+        world = self._worker.ask()
         signal = Signal(signal.kind, signal.name, self.address, signal.data)
-        workers = self._world.workers
+        workers = world.workers
         for address in [to] if to is not None else list(workers):
             if address in workers and address != self.address:
                 asyncio.get_running_loop().call_soon(workers[address].signals.hear, signal)
         await asyncio.sleep(0)
-        self._world.answer()
+        world.answer()
 
     async def others(self) -> int:
         """See `Signals.others`."""
-        self._world.ask()
-        return len(self._world.workers) - 1
+        return len(self._worker.ask().workers) - 1
 
     def listen(self, hear: Callable[[Signal], None]) -> None:
         """See `Signals.listen`."""
@@ -202,41 +216,41 @@ class _Signals:
 
 
 class _Claims:
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, worker: _Worker) -> None:
+        self._worker = worker
 
     async def claim(self, name: str, holder: str, *, lease_s: float) -> str:
         """See `Claims.claim`."""
-        self._world.ask()
+        world = self._worker.ask()
         held = self._holder(name)
         if held is None:
-            self._world.claims[name] = (holder, _now_s() + lease_s)
+            world.claims[name] = (holder, _now_s() + lease_s)
         await asyncio.sleep(0)
-        self._world.answer()
+        world.answer()
         return held or holder
 
     async def extend(self, name: str, holder: str, *, lease_s: float) -> bool:
         """See `Claims.extend`."""
-        self._world.ask()
+        world = self._worker.ask()
         mine = self._holder(name) == holder
         if mine:
-            self._world.claims[name] = (holder, _now_s() + lease_s)
+            world.claims[name] = (holder, _now_s() + lease_s)
         return mine
 
     async def release(self, name: str, holder: str) -> None:
         """See `Claims.release`."""
-        self._world.ask()
+        world = self._worker.ask()
         if self._holder(name) == holder:
-            del self._world.claims[name]
+            del world.claims[name]
 
     def _holder(self, name: str) -> str | None:
-        holder, until_s = self._world.claims.get(name, (None, 0.0))
+        holder, until_s = self._worker.world.claims.get(name, (None, 0.0))
         return holder if until_s > _now_s() else None
 
 
 class _Limiter:
-    def __init__(self, world: World, provider: str, rate: float, burst: int) -> None:
-        self._world = world
+    def __init__(self, worker: _Worker, provider: str, rate: float, burst: int) -> None:
+        self._worker = worker
         self._provider = provider
         self._rate = rate
         self._burst = burst
@@ -244,29 +258,29 @@ class _Limiter:
 
     @property
     def _pace(self) -> _Pace:
-        return self._world.paces.setdefault(self._provider, _Pace(Gcra(self._rate, self._burst)))
+        return self._worker.world.paces.setdefault(self._provider, _Pace(Gcra(self._rate, self._burst)))
 
     async def reserve(self) -> float:
         """See `StartLimiter.reserve`."""
-        self._world.ask()
+        world = self._worker.ask()
         pace, now_s = self._pace, _now_s()
         start_s = pace.gcra.reserve(now_s)
         pace.booked += 1
         self._mine = pace.booked
         await asyncio.sleep(0)
-        self._world.answer()
+        world.answer()
         return start_s - now_s
 
     async def give_back(self) -> None:
         """See `StartLimiter.give_back`."""
-        self._world.ask()
+        self._worker.ask()
         if self._pace.booked == self._mine:
             self._pace.gcra.give_back()
             self._mine = -1
 
     async def pause(self, for_s: float) -> None:
         """See `SharedLimiter.pause`."""
-        self._world.ask()
+        self._worker.ask()
         self._pace.booked += 1
         self._pace.gcra.pause(_now_s() + for_s)
 
@@ -274,16 +288,15 @@ class _Limiter:
 class _Slots:
     """Unlike a server's, these slots never lapse: the process that holds them is the one that knows of them."""
 
-    def __init__(self, world: World, provider: str, limit: int) -> None:
-        self._world = world
+    def __init__(self, worker: _Worker, provider: str, limit: int) -> None:
+        self._worker = worker
         self._provider = provider
         self._limit = limit
         self.held: list[int] = []
 
     async def take(self) -> None:
         """See `CallSlots.take`."""
-        world = self._world
-        world.ask()
+        world = self._worker.ask()
         while len(world.slots.setdefault(self._provider, set())) >= self._limit:
             freed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             waiting = world.waiting.setdefault(self._provider, OrderedDict())
@@ -292,7 +305,7 @@ class _Slots:
                 await freed
             finally:
                 waiting.pop(freed, None)
-            world.ask()
+            self._worker.ask()
         self.held.append(next(world.numbers))
         world.slots[self._provider].add(self.held[-1])
 
@@ -303,41 +316,45 @@ class _Slots:
 
     def free(self, slots: Iterable[int]) -> None:
         """Take slots from whoever held them, and wake who waits."""
-        self._world.slots.get(self._provider, set()).difference_update(slots)
-        self._world.freed(self._provider)
+        world = self._worker.world
+        world.slots.get(self._provider, set()).difference_update(slots)
+        world.freed(self._provider)
 
 
 class MemoryCoordination:
     """Implements `Coordination` in a `World`. Made by `World.worker`."""
 
     def __init__(self, world: World, address: str) -> None:
-        self.relay = _Relay(world)
-        self.signals = _Signals(world, address)
-        self.claims = _Claims(world)
-        self._world = world
+        self._worker = _Worker(world, address)
+        self.relay = _Relay(self._worker)
+        self.signals = _Signals(self._worker)
+        self.claims = _Claims(self._worker)
         self._slots: list[_Slots] = []
         world.workers[address] = self
 
     def limiter(self, provider: str, *, rate: float, burst: int) -> _Limiter:
         """See `Coordination.limiter`."""
-        return _Limiter(self._world, provider, rate, burst)
+        return _Limiter(self._worker, provider, rate, burst)
 
     def slots(self, provider: str, *, limit: int) -> _Slots:
         """See `Coordination.slots`."""
-        self._slots.append(_Slots(self._world, provider, limit))
+        self._slots.append(_Slots(self._worker, provider, limit))
         return self._slots[-1]
 
     async def check(self) -> str | None:
         """See `Coordination.check`."""
-        return "down" if self._world.down else None
+        return "down" if self._worker.cut_off else None
 
     async def aclose(self) -> None:
         """See `Coordination.aclose`."""
         self.die()
 
     def die(self) -> None:
-        """Leave the world as a killed process does: it hears nothing more, and what it held has lapsed."""
-        self._world.workers.pop(self.signals.address, None)
+        """Leave the world as a killed process does: it hears and says nothing more, and what it held has lapsed."""
+        world = self._worker.world
+        self._worker.dead = True
+        if world.workers.get(self.signals.address) is self:
+            del world.workers[self.signals.address]
         for slots in self._slots:
             held, slots.held = slots.held, []
             slots.free(held)

@@ -16,17 +16,17 @@ Deliberately absent: a Redis Cluster. Scripts touch keys of several slots, and o
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from types import MappingProxyType
-from typing import Any
 
 import orjson
 
 from oncewise.coordination.link import CoordinationChanged, Link, Script
 from oncewise.coordination.reader import EntryId, Fields, Reader
 from oncewise.coordination.wire import BadAddress, Wire
+from oncewise.core.errands import Errands
 from oncewise.core.pacing import Gcra
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import LogEntry, LogTail, Signal
@@ -56,28 +56,6 @@ _GIVE = Script("give")
 
 def _ms(seconds: float) -> int:
     return max(1, round(seconds * 1000))
-
-
-class _Errands:
-    """Tasks that nobody waits for and no request can cancel; they fail in silence when the server is away."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = asyncio.get_running_loop().create_task(self._quietly(work), context=Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    @staticmethod
-    async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
-        with suppress(CoordinationUnavailable):
-            await work
-
-    async def aclose(self) -> None:
-        """Let what is under way end; nothing of it takes longer than the link's time limit."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
 
 
 # -- logs --------------------------------------------------------------------------------------------------------
@@ -303,7 +281,7 @@ class RedisCoordination:
         name = f"oncewise-{address[:13]}"
         asking, reading = Wire(url, name=name), Wire(url, name=f"{name}-reader")
         self._prefix = prefix
-        self.errands = _Errands()
+        self.errands = Errands()
         self.link = Link(asking, budget_s=budget_s, listener=listener)
         self.reader = Reader(reading, self._wake_reader)
         self.relay = _Relay(self.link, self.reader, prefix)

@@ -239,7 +239,9 @@ class Pacer:
         Otherwise one tenant could fill the queue, and the turns that the others have in it would be of no use to them.
         """
         longest = max(self._lanes.values(), key=len, default=deque[Place]())
-        full = QueueFull("Too many requests wait for this provider.", retry_after_s=1.0)
+        # Within the patience of those who wait all their places come free, one after the other.
+        wait_s = max(1.0, self._max_wait_s / max(1, self._max_waiting))
+        full = QueueFull("Too many requests wait for this provider.", retry_after_s=wait_s)
         if len(longest) - 1 <= len(self._lanes.get(tenant, ())):
             raise full
         self._end(longest[-1], full)

@@ -15,6 +15,7 @@ Deliberately absent: who may read, what the events mean, and Redis.
 import asyncio
 from collections.abc import Callable, Mapping
 from contextvars import Context
+from dataclasses import replace
 from typing import Any
 
 from oncewise.core.stream_hub import StreamLog
@@ -191,9 +192,12 @@ class Mirror:
     Args:
         log: What is known of it already; its owner in another process writes on under the same epoch or a higher one.
         reset: Name and data of the event that tells viewers of a new epoch.
+        told: Called after each entry; must not block.
+        closes: Whether the log is closed with the end of the other one.
 
     Attributes:
         heard: Entries that came so far.
+        ending: Name and data of the terminal event, once that came.
     """
 
     def __init__(
@@ -203,9 +207,13 @@ class Mirror:
         log: StreamLog,
         reset: Callable[[int], tuple[str, Mapping[str, Any]]],
         told: Callable[[], None] = lambda: None,
+        *,
+        closes: bool = True,
     ) -> None:
         self.log = log
         self.heard = 0
+        self.ending: tuple[str, Mapping[str, Any]] | None = None
+        self._closes = closes
         self._reset = reset
         self._told = told
         self._stop = relay.read(name, self._take, LogTail(log.epoch, log.deltas))
@@ -219,7 +227,8 @@ class Mirror:
             if entry.epoch > log.epoch:
                 log.restart(entry.epoch, *self._reset(entry.epoch))
             # A gap is left to whoever reads the row: the entries before it are lost with the relay.
-            log.mirror(entry)
+            if log.mirror(entry if self._closes else replace(entry, end=None)):
+                self.ending = entry.end
         except (ResponseTooLarge, Overloaded):
             log.sever()
         self._told()

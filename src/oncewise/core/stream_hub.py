@@ -160,6 +160,11 @@ class StreamLog:
         return self._end is not None
 
     @property
+    def ending(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and data of the terminal event; None while there is none."""
+        return self._ending
+
+    @property
     def deltas(self) -> int:
         """How many deltas there are."""
         return len(self._texts)

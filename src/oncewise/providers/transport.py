@@ -67,6 +67,14 @@ class Transport(Protocol):
         """
         ...
 
+    async def status(self, path: str) -> int:
+        """Ask for `path` with GET; the status of the answer, whose body is not read.
+
+        Raises:
+            TransportError: there was none.
+        """
+        ...
+
     async def aclose(self) -> None:
         """Close all connections; requests that still run fail."""
         ...
@@ -116,7 +124,17 @@ class HttpTransport:
 
     @asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
-        head = f"POST {self._path}/{path} HTTP/1.1\r\n{self._fields}content-length: {len(body)}\r\n\r\n"
+        async with self._exchange("POST", path, body) as reply:
+            yield reply
+
+    async def status(self, path: str) -> int:
+        async with self._exchange("GET", path, b"") as reply:
+            return reply.status
+
+    @asynccontextmanager
+    async def _exchange(self, method: str, path: str, body: bytes) -> AsyncIterator[Reply]:
+        length = f"content-length: {len(body)}\r\n" if body else ""
+        head = f"{method} {self._path}/{path} HTTP/1.1\r\n{self._fields}{length}\r\n"
         await self._turn()
         try:
             connection = self._take_idle() or await self._connect()

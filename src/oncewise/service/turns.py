@@ -25,9 +25,9 @@ from oncewise.core.prompt import normalise_roles
 from oncewise.core.stream_hub import StreamHub, StreamLog, Viewer
 from oncewise.errors import (
     Failure,
+    FlightCancelled,
     FlightFailed,
     LeaderLost,
-    NotFound,
     NotPersisted,
     OncewiseError,
     QueueTimeout,
@@ -49,15 +49,29 @@ from oncewise.model import (
     TurnClaim,
     TurnState,
 )
-from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.ports import Admission, Follow, Lead, Replay, Signal, TurnLedger
 from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
-from oncewise.service.turn_outcomes import Admitted, TurnResult, done_event, error_event, failure_of
+from oncewise.service.fleet import Fleet
+from oncewise.service.remote_turns import RemoteTurn, RemoteTurns, turn_name
+from oncewise.service.turn_outcomes import (
+    RESET,
+    Admitted,
+    TurnResult,
+    done_event,
+    error_event,
+    failure_of,
+    show_stored,
+)
 
 __all__ = ["TurnRules", "TurnTicket", "Turns"]
 
 
 MAX_TURN_ATTEMPTS = 2
+ABANDONED = "Nobody waited for the turn any more."
+LOOK_S = 0.5
+PROMPT_LOOK_S = 1.0
+"""How long to wait for a word of another worker, without and with a quick way for words, before looking at the row."""
 ENDED_REQUESTS = 10_000
 """Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
 
@@ -85,7 +99,7 @@ class TurnRun:
         admitted: Set, and announced, once the ledger has decided.
         leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
-        viewed: The run whose log shows the turn: this one, or the one that it follows.
+        viewed: Whose log shows the turn: this run's, or that of what it follows here or in another worker.
         place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
         flight: The flight this is the work of, once it has begun.
@@ -96,7 +110,7 @@ class TurnRun:
         self.leader_id = leader_id
         self.admitted: Admitted | None = None
         self.log: StreamLog | None = None
-        self.viewed = self
+        self.viewed: TurnRun | RemoteTurn = self
         self.ended = asyncio.Event()
         self.place = 0
         self.flight: Flight[TurnResult] | None = None
@@ -114,6 +128,7 @@ class TurnRun:
         self._showing = asyncio.Lock()
         self._started_s = 0.0
         self._queue_wait_s = 0.0
+        self._leased_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -139,6 +154,7 @@ class TurnRun:
 
     async def _admit(self) -> Admission:
         rules = self._desk.rules
+        self._leased_s = asyncio.get_running_loop().time()
         admitting = asyncio.ensure_future(
             self._desk.ledger.admit(
                 self.ask,
@@ -154,7 +170,8 @@ class TurnRun:
             # The row may be in by now. Left open, it would hold up its thread until the lease lapses.
             admission = await admitting
             if isinstance(admission, Lead):
-                await self._end(admission.claim, TurnState.CANCELLED, TurnCancelled().failure())
+                failure = self._stop or FlightCancelled(ABANDONED).failure()
+                await self._end(admission.claim, TurnState.CANCELLED, failure)
             raise
 
     def _announce(self, turn_id: str, role: Role, state: TurnState, epoch: int, position: int) -> None:
@@ -164,18 +181,18 @@ class TurnRun:
         if self.flight is not None:
             self.flight.announce()
 
-    def _replay(self, turn: StoredTurn, role: Role) -> TurnResult:
+    def _replay(self, turn: StoredTurn, role: Role, first_delta_s: float | None = None) -> TurnResult:
         self._announce(turn.id, role, turn.state, turn.epoch, 0)
         if turn.state is not TurnState.COMPLETED:
             raise failure_of(turn).error()
-        return TurnResult(turn)
+        return TurnResult(turn, first_delta_s=first_delta_s)
 
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
         """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None or run.flight is None:
-            return await self._follow_row(turn)
-        waiter = self._desk.flights.follow_flight(run.flight)
+        if run is None:
+            return await self._follow_remote(turn)
+        waiter = run.board()
         if waiter is None:
             await run.ended.wait()
             return None
@@ -189,25 +206,35 @@ class TurnRun:
             if self._stop is not None and waiter.flight.waiters == 0:
                 run.stop(self._stop)
 
-    async def _follow_row(self, turn: StoredTurn) -> TurnResult:
-        """The outcome of a turn that another process leads, by its row; takes it over if that process is lost."""
-        ledger, ask = self._desk.ledger, self.ask
-        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
-        wait_s = self._desk.rules.poll_s
-        while not turn.state.final:
-            if turn.lease_lapsed:
-                claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
-                taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
-                if taken is not None:
-                    return await self._take_over(taken)
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 1.5, 0.5)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
-        return self._replay(turn, Role.FOLLOWER)
+    async def _follow_remote(self, turn: StoredTurn) -> TurnResult | None:
+        """The outcome of a turn that another worker leads; takes it over if that worker is lost.
 
-    async def _take_over(self, claim: TurnClaim) -> TurnResult:
+        None if nobody is to answer it any more but this run's requests: the ledger is asked anew.
+        """
+        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
+        taken: TurnClaim | None = None
+        with self._desk.remotes.hold(turn) as remote:
+            self.viewed = remote.turn
+            try:
+                while not turn.state.final and taken is None:
+                    if self._desk.run_of(turn.org_id, turn.id) is not None:
+                        return None
+                    self._leased_s = asyncio.get_running_loop().time()
+                    taken = await self._desk.claim_lost(turn)
+                    if taken is None:
+                        turn = await self._patiently(remote.turn.news)
+            finally:
+                remote.withdrawn = self._stop is not None
+        if taken is not None:
+            return await self._take_over(taken, remote.turn)
+        if turn.state is TurnState.CANCELLED and turn.failure_code == FlightCancelled.code:
+            # Its leader knew of nobody who waits for it.
+            return None
+        return self._replay(turn, Role.FOLLOWER, first_delta_s=remote.turn.first_s)
+
+    async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
-        turn = await self._row(claim)
+        turn = await self._patiently(lambda: self._row(claim))
         if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
@@ -219,16 +246,24 @@ class TurnRun:
                 partial_seq=turn.partial_seq,
                 call_id=turn.call_id,
             )
+            remote.look()
             raise lost.error()
         self.ask = turn.ask
         # It may have waited when its owner was lost, and the turns before it are still open.
-        return await self._lead(claim, await self._desk.ledger.position(claim))
+        position = await self._desk.ledger.position(claim)
+        return await self._lead(claim, position, remote.take_log())
 
     # -- leading -------------------------------------------------------------------------------------------------
 
-    async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
+    async def _lead(self, claim: TurnClaim, position: int, log: StreamLog | None = None) -> TurnResult:
+        """Lead the turn, in the log that its viewers here look at already if there is one."""
         self._claim, self.place = claim, position
-        self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
+        if log is None:
+            log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
+        else:
+            self._watched = log.viewers > 0
+            log.restart(claim.epoch, RESET, {"epoch": claim.epoch, "reason": "leader_lost"})
+        self.log, self.viewed = log, self
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
         self._announce(claim.turn_id, role, TurnState.PENDING, claim.epoch, position)
@@ -253,7 +288,7 @@ class TurnRun:
 
     async def _answer(self, claim: TurnClaim, position: int) -> TurnResult:
         if position > 0 and self.ask.on_busy in (OnBusy.INTERRUPT, OnBusy.ROLLBACK):
-            self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
+            await self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
         await self._wait_for_place(claim, position)
         history = await self._desk.ledger.history(claim.org_id, claim.thread_id)
         waiter, call = self._desk.calls.join(claim.org_id, self._request(history), claim)
@@ -272,9 +307,8 @@ class TurnRun:
             left_s = deadline_s - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
-            # Turns of this process wake us; those of another are seen by looking.
-            await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = self.place = await self._desk.ledger.position(claim)
+            await self._desk.turn_ended(claim, left_s)
+            position = self.place = await self._patiently(lambda: self._desk.ledger.position(claim))
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -322,10 +356,11 @@ class TurnRun:
 
         What was announced at its admission may be long past.
         """
-        log = self.viewed.log
-        if log is None:
+        if self.viewed is not self:
+            return self.viewed.now()
+        if self.log is None:
             return None
-        return (TurnState.STREAMING, 0) if log.deltas else (TurnState.PENDING, self.viewed.queue_position)
+        return (TurnState.STREAMING, 0) if self.log.deltas else (TurnState.PENDING, self.queue_position)
 
     @property
     def queue_wait_ms(self) -> float:
@@ -384,11 +419,11 @@ class TurnRun:
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
-        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
-        kept_s = loop.time()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 10)
+        kept_s = self._leased_s
         alive = True
         while alive:
-            await asyncio.sleep(rules.lease_s / 3)
+            await asyncio.sleep(min(rules.lease_s / 3, max(0.0, kept_s + safe_s - loop.time())))
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
@@ -415,6 +450,10 @@ class TurnRun:
     def idx(self) -> int:
         """The turn's place in its thread; -1 before it is known."""
         return self._claim.idx if self._claim is not None else -1
+
+    def board(self) -> Waiter[TurnResult] | None:
+        """An interest in this run; None if it is being ended, so that nobody should join it."""
+        return None if self.flight is None else self._desk.flights.follow_flight(self.flight)
 
     def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
@@ -449,11 +488,10 @@ class TurnRun:
             queue_wait_ms=self.queue_wait_ms,
             queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
-            cost_usd=completion.cost_usd,
         )
 
     async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Tell the ledger what it must know before anybody else; a database that is away may come back.
+        """Tell the ledger, or ask it, what cannot be done without; a database that is away may come back.
 
         Raises:
             NotPersisted: it did not.
@@ -509,7 +547,8 @@ class TurnRun:
         if self._desk.closing and self._stop is None:
             await self._hand_back(claim)
             raise ShuttingDown(retry_after_s=1.0)
-        failure = self._stop or TurnCancelled().failure()
+        # Abandoned is not cancelled: somebody in another worker may wait, of whom nobody here knew.
+        failure = self._stop or FlightCancelled(ABANDONED).failure()
         return await self._failed(claim, failure, TurnState.CANCELLED)
 
     async def _hand_back(self, claim: TurnClaim) -> None:
@@ -536,27 +575,14 @@ class TurnRun:
         while not turn.state.final:
             await asyncio.sleep(self._desk.rules.poll_s)
             turn = await self._patiently(lambda: self._row(claim))
-        self._show_stored(turn)
+        if self.log is not None:
+            show_stored(self.log, turn)
         if turn.state is not TurnState.COMPLETED:
             raise failure_of(turn).error()
         return TurnResult(turn)
 
     async def _row(self, claim: TurnClaim) -> StoredTurn:
         return await self._desk.ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
-
-    def _show_stored(self, turn: StoredTurn) -> None:
-        """End the log as the row says, with the row's text if another owner wrote it."""
-        if self.log is None or self.log.closed:
-            return
-        text = turn.assistant_message.content if turn.assistant_message is not None else ""
-        if turn.epoch > self.log.epoch:
-            self.log.restart(turn.epoch, "reset", {"epoch": turn.epoch, "reason": "leader_lost"})
-            if text:
-                self.log.append(text)
-        if turn.state in (TurnState.COMPLETED, TurnState.CANCELLED):
-            self._close("done", done_event(turn))
-        else:
-            self._close("error", error_event(failure_of(turn), turn.state, len(text)))
 
     def _close(self, name: str, data: dict[str, Any]) -> None:
         if self.log is not None:
@@ -703,6 +729,7 @@ class Turns:
         owner: str,
         rules: TurnRules,
         ids: Callable[[], str],
+        fleet: Fleet | None = None,
     ) -> None:
         self.ledger = ledger
         self.calls = calls
@@ -711,6 +738,9 @@ class Turns:
         self.owner = owner
         self.rules = rules
         self.closing = False
+        self.fleet = fleet or Fleet(b"")
+        self.remotes = RemoteTurns(ledger=ledger, hub=hub, fleet=self.fleet, ended=self._open_gates)
+        self.fleet.answer("withdraw", self._withdraw)
         self._ids = ids
         self._last_identity: tuple[TurnAsk | None, RequestKey] = (None, request_key("none", "turn"))
         self._runs: dict[tuple[str, str], TurnRun] = {}
@@ -801,23 +831,32 @@ class Turns:
             if len(self._ended) > ENDED_REQUESTS:
                 del self._ended[next(iter(self._ended))]
 
-    def cancel_request(self, org_id: str, request_id: str) -> bool:
+    async def cancel_request(self, org_id: str, request_id: str) -> bool:
         """Withdraw the request of that id, or all if the sender gave several the same; again changes nothing.
 
         Returns whether it was withdrawn, now or before; False if it had ended by itself.
 
         Raises:
-            NotFound: no such request of this tenant is in progress or ended a moment ago.
+            NotFound: no such request of this tenant is in progress or ended a moment ago, in any worker.
         """
+        withdrawn = self._withdraw_here(org_id, request_id)
+        if withdrawn is None:
+            answer = await self.fleet.ask("withdraw", data={"org": org_id, "request": request_id})
+            withdrawn = bool(answer["withdrawn"])
+        return withdrawn
+
+    def _withdraw_here(self, org_id: str, request_id: str) -> bool | None:
         key = (org_id, request_id)
         tickets = self._tickets.get(key)
         if tickets:
             for ticket in list(tickets):
                 ticket.withdraw()
             return True
-        if key not in self._ended:
-            raise NotFound
-        return self._ended[key]
+        return self._ended.get(key)
+
+    def _withdraw(self, asked: Signal) -> Mapping[str, Any] | None:
+        withdrawn = self._withdraw_here(str(asked.data["org"]), str(asked.data["request"]))
+        return None if withdrawn is None else {"withdrawn": withdrawn}
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; return it in its final state. A final turn stays as it is.
@@ -837,14 +876,28 @@ class Turns:
                 await run.ended.wait()
             elif turn.lease_lapsed:
                 await self._end_lost(turn)
-            else:
-                # Admitted a moment ago, and its run enters now; or its owner is another process, which ends it.
+            elif turn.owner == self.owner:
+                # Admitted a moment ago, and its run enters now.
                 await asyncio.sleep(self.rules.poll_s)
+            else:
+                await self._stop_elsewhere(turn)
+
+    async def _stop_elsewhere(self, turn: StoredTurn, *, keep_partial: bool = True) -> None:
+        """Ask the worker that leads a turn to stop it, and look again when it may have."""
+        remote = self.remotes.look_at(turn)
+        self.fleet.stop(turn_name(self.fleet, turn.org_id, turn.id), turn.owner, keep_partial=keep_partial)
+        await remote.news()
+
+    async def claim_lost(self, turn: StoredTurn) -> TurnClaim | None:
+        """The right to work on a turn whose owner is lost; None if it is alive, or somebody else was quicker."""
+        if not turn.lease_lapsed:
+            return None
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
 
     async def _end_lost(self, turn: StoredTurn) -> None:
         """End a turn that nobody leads any more as cancelled, unless somebody takes it over first."""
-        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
-        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        taken = await self.claim_lost(turn)
         if taken is not None:
             await self.ledger.end(
                 taken,
@@ -856,43 +909,70 @@ class Turns:
             )
 
     async def cancel_thread(self, org_id: str, thread_id: str) -> None:
-        """Stop every turn of a thread that runs or waits in this process."""
+        """Stop every turn of a thread that runs or waits.
+
+        Raises:
+            NotFound: there is no such thread of this tenant.
+        """
         runs = [run for (org, _), run in self._runs.items() if org == org_id and run.ask.thread_id == thread_id]
         for run in runs:
             run.stop(TurnCancelled().failure())
         for run in runs:
             await run.ended.wait()
+        while (turn := await self.ledger.active(org_id, thread_id)) is not None:
+            await self.cancel_turn(org_id, thread_id, turn.id)
 
     async def aclose(self, drain_s: float) -> None:
         """Take nothing on, let turns run on for `drain_s` seconds, hand the rest back."""
         self.closing = True
         await self.flights.aclose(drain_s)
+        await self.remotes.aclose()
 
     # -- for runs ------------------------------------------------------------------------------------------------
 
     def enter(self, claim: TurnClaim, run: TurnRun) -> None:
         """A run leads a turn from now on."""
         self._runs[claim.org_id, claim.turn_id] = run
+        self.fleet.lead(turn_name(self.fleet, claim.org_id, claim.turn_id), run)
 
-    def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
+    async def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
         """Stop the turn that runs before the claimed one. Those that wait between them keep their places."""
         before = [
             run
             for (org_id, _), run in self._runs.items()
             if org_id == claim.org_id and run.ask.thread_id == claim.thread_id and run.idx < claim.idx
         ]
-        if before:
+        first = await self.ledger.active(claim.org_id, claim.thread_id)
+        if first is not None and first.idx < claim.idx and first.owner != self.owner:
+            await self._stop_elsewhere(first, keep_partial=keep_partial)
+        elif before:
             min(before, key=lambda run: run.idx).stop(TurnCancelled().failure(), keep_partial=keep_partial)
 
     def leave(self, claim: TurnClaim) -> None:
         """A run leads its turn no more; whoever waits behind it looks again."""
-        self._runs.pop((claim.org_id, claim.turn_id), None)
-        for gate in self._gates.pop((claim.org_id, claim.thread_id), ()):
+        run = self._runs.pop((claim.org_id, claim.turn_id), None)
+        if run is not None:
+            self.fleet.ended(turn_name(self.fleet, claim.org_id, claim.turn_id), run)
+        self._open_gates(claim.org_id, claim.thread_id)
+
+    def _open_gates(self, org_id: str, thread_id: str) -> None:
+        for gate in self._gates.pop((org_id, thread_id), ()):
             if not gate.done():
                 gate.set_result(None)
 
     async def turn_ended(self, claim: TurnClaim, timeout_s: float) -> None:
-        """Wait until some turn of the claim's thread has ended here, at most `timeout_s` seconds."""
+        """Wait until some turn of the claim's thread may have ended, at most `timeout_s` seconds.
+
+        Turns of this worker wake us, and those of another where it has a quick way to say so; else by looking.
+        """
+        first = await self.ledger.active(claim.org_id, claim.thread_id) if self.fleet.prompt else None
+        if first is None or first.owner == self.owner:
+            await self._gate(claim, min(timeout_s, LOOK_S))
+        elif first.id != claim.turn_id:
+            self.remotes.look_at(first)
+            await self._gate(claim, min(timeout_s, PROMPT_LOOK_S))
+
+    async def _gate(self, claim: TurnClaim, timeout_s: float) -> None:
         gate = asyncio.get_running_loop().create_future()
         gates = self._gates.setdefault((claim.org_id, claim.thread_id), {})
         gates[gate] = None

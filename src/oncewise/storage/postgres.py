@@ -15,12 +15,11 @@ versions that start together must not migrate under each other).
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import asyncpg
 import sqlalchemy as sa
@@ -31,6 +30,7 @@ from oncewise.errors import StorageFull, StorageUnavailable
 from oncewise.storage import schema
 from oncewise.storage.database import DatabaseTime, begun_at
 from oncewise.storage.ledger import open_owners
+from oncewise.storage.places import Places
 from oncewise.storage.sign_of_life import SignOfLife
 
 __all__ = ["PostgresDatabase", "PostgresLimits", "current_postgres", "open_postgres", "upgrade_postgres"]
@@ -139,63 +139,6 @@ def _forget_values(error: BaseException) -> None:
         driver_error.detail = driver_error.where = None
 
 
-# -- places ------------------------------------------------------------------------------------------------------
-
-
-class _Places:
-    """Room for so many transactions at a time, first come, first served.
-
-    A busy database is waited for; one that stands still is not: if no place becomes free for `patience_s`, all who
-    wait are turned away.
-    """
-
-    def __init__(self, size: int, patience_s: float) -> None:
-        self._free = size
-        self._patience_s = patience_s
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._moved_s = 0.0
-        self._watch: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> Self:
-        if self._free:
-            self._free -= 1
-            return self
-        loop = asyncio.get_running_loop()
-        place: asyncio.Future[None] = loop.create_future()
-        self._waiting.append(place)
-        if self._watch is None:
-            self._moved_s = loop.time()
-            self._watch = loop.call_later(self._patience_s, self._look)
-        await place
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        self._moved_s = asyncio.get_running_loop().time()
-        if self._waiting:
-            self._waiting.popleft().set_result(None)
-        else:
-            self._free += 1
-
-    def moved_since(self, time_s: float) -> bool:
-        """Whether a transaction has come to its end since then."""
-        return self._moved_s > time_s
-
-    def turn_away(self) -> None:
-        """Tell all who wait that the database does not answer."""
-        for place in self._waiting:
-            place.set_exception(StorageUnavailable())
-        self._waiting.clear()
-
-    def _look(self) -> None:
-        self._watch = None
-        loop = asyncio.get_running_loop()
-        left_s = self._moved_s + self._patience_s - loop.time()
-        if left_s <= 0:
-            self.turn_away()
-        elif self._waiting:
-            self._watch = loop.call_later(left_s, self._look)
-
-
 # -- one transaction ---------------------------------------------------------------------------------------------
 
 _NUMBER = sa.cast(sa.func.pg_current_xact_id(), sa.Text).label("number")
@@ -252,7 +195,7 @@ class PostgresDatabase:
         self._limits = limits
         self._pooled = transaction_pooling
         self._sign: SignOfLife | None = None
-        self._places = _Places(limits.connections, limits.queue_s)
+        self._places = Places(limits.connections, limits.queue_s)
         self._running: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Future[None] | None = None
         self._useless_before_s = 0.0

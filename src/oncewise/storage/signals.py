@@ -72,7 +72,7 @@ class SqlSignals:
         self._clock = clock
         self._hearers: list[Callable[[Signal], None]] = []
         self._began_s = 0.0
-        self._seen: set[int] = set()
+        self._seen: set[tuple[int, float]] = set()
         self._task: asyncio.Task[None] | None = None
 
     async def begin(self) -> None:
@@ -121,9 +121,10 @@ class SqlSignals:
         return list(conn.execute(_LATEST, {"since_s": since_s, "me": self.address}))
 
     def _hear(self, rows: list[sa.Row[Any]]) -> None:
-        seen, self._seen = self._seen, {row.number for row in rows}
+        # With the time: SQLite counts from one again when all rows were deleted.
+        seen, self._seen = self._seen, {(row.number, row.sent_at_s) for row in rows}
         for row in rows:
-            if row.number not in seen:
+            if (row.number, row.sent_at_s) not in seen:
                 kind, name, data = json.loads(row.word)
                 for hear in self._hearers:
                     hear(Signal(kind, name, row.sender, MappingProxyType(data)))

@@ -25,7 +25,7 @@ from oncewise.storage.schema import HEAD
 from oncewise.storage.tables import orgs
 from tests.support.postgres import empty_database, fresh_database, own_server, shared_server
 from tests.support.postgres_proxy import Cut, FailingNetwork, failing_network, transaction_pooler
-from tests.support.storage import Storage, answer, postgres_storage, storage_on
+from tests.support.storage import answer, storage_on
 
 QUICK = PostgresLimits(
     connections=3, connect_s=0.4, queue_s=0.4, lock_s=0.3, statement_s=0.6, idle_s=0.6, command_s=0.8
@@ -514,12 +514,3 @@ async def test_importing_the_server_loads_no_driver():
         subprocess.run, [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout == "False\n"
-
-
-async def test_ones_own_open_turns_are_not_of_the_dead(tmp_path):
-    """Sweeping must not end what this very process runs."""
-    async with postgres_storage(tmp_path) as storage:
-        assert isinstance(storage, Storage)
-        await storage.lead(await storage.thread())
-
-        assert await storage.database.dead_owners() == ()
