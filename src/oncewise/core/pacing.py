@@ -222,16 +222,18 @@ class Pacer:
 
     async def _queue(self, place: Place) -> None:
         turn = self._line_up(place)
+        timer = turn.get_loop().call_later(self._max_wait_s, self._give_up, place)
         try:
-            async with asyncio.timeout(self._max_wait_s):
-                await turn
-        except BaseException as error:
+            await turn
+        except BaseException:
             self._withdraw(place, turn)
-            if isinstance(error, TimeoutError):
-                left_s = self._not_before_s - asyncio.get_running_loop().time()
-                detail = "No call to the provider could start in time."
-                raise QueueTimeout(detail, retry_after_s=max(1.0, left_s)) from None
             raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, place: Place) -> None:
+        left_s = self._not_before_s - asyncio.get_running_loop().time()
+        self._end(place, QueueTimeout("No call to the provider could start in time.", retry_after_s=max(1.0, left_s)))
 
     def _line_up(self, place: Place) -> asyncio.Future[None]:
         if self._closing:
@@ -410,7 +412,8 @@ class Pacer:
         for _ in range(self._throttle.starts_to_skip(loop.time())):
             delay_s = await self._limiter.reserve()
         due_s = loop.time() + delay_s
-        await asyncio.sleep(delay_s)
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
         # Asked again after each sleep: a pause may have been made longer meanwhile.
         while (pause_s := self._not_before_s - loop.time()) > 0:
             await asyncio.sleep(pause_s)
