@@ -6,10 +6,10 @@ import pytest
 
 from oncewise.coordination.fallback import FallbackLimiter, FallbackSlots
 from oncewise.coordination.memory import World
-from oncewise.core.pacing import Starts
+from oncewise.core.pacing import Gcra, Starts
 from tests.support.virtual_time import virtual_loop, virtual_time
 
-SPACING_S = Starts(1.0, 1).spacing_s
+SPACING_S = Gcra(1.0).spacing_s
 
 
 class Ways:
