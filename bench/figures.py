@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.record import NOISE_PCT, RESULTS, Run, spread
 
@@ -15,13 +15,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "figures.md"
 
 HEAD = f"""# Figures
 
-Measured by the programs in `bench/http`, on the machine named below each heading. Ratios travel from one machine to
+Measured by the programs in `bench`, on the machine named below each heading. Ratios travel from one machine to
 another; absolute times do not. A cell is the median of the runs that count and, in brackets, their range.
 
-The server has the first core; the load, written on epoll, and the fake provider share the last one. *Noise* is what
-other programs took of all cores during the runs that count. A run with more than {NOISE_PCT:.0f} % is taken again
-and the calmest are kept; where the column shows more than that, the machine was not calm: read those rows as upper
-limits.
+Over HTTP the server has the first core; the load, written on epoll, and the fake provider share the last one. *Noise*
+is what other programs took of all cores during the runs that count. A run with more than {NOISE_PCT:.0f} % is taken
+again and the calmest are kept; where the column shows more than that, the machine was not calm: read those rows as
+upper limits. The core alone is measured in CPU time of its own process.
 
 `bare` is a server that only copies the provider's bytes to every socket and keeps none of the promises: the floor for
 Python on that machine. `rival` is a plain server on sse-starlette with one queue per viewer.
@@ -81,6 +81,14 @@ PASSED: list[Column] = [
     ("failed", "failed", "{:.0f}"),
     ("peak RSS MiB", "peak_rss_mib", "{:.0f}"),
 ]
+SILENT: list[Column] = [
+    ("complete", "complete", "{:.0f}"),
+    ("delta lag p95 ms, alone", "alone_p95_ms", "{:.1f}"),
+    ("delta lag p95 ms, beside them", "beside_p95_ms", "{:.1f}"),
+    ("beside / alone", "beside_over_alone", "{:.2f}"),
+    ("MiB PSS added by them", "added_mib", "{:.1f}"),
+    ("cut off s after the end", "gone_after_s", "{:.1f}"),
+]
 LATE: list[Column] = [
     ("deltas", "deltas", "{:,.0f}"),
     ("bytes", "backlog_bytes", "{:,.0f}"),
@@ -102,7 +110,22 @@ def page() -> str:
         file = RESULTS / f"{name}.json"
         if file.exists():
             parts += _sections(json.loads(file.read_text()), sections)
+    for name, core in CORE.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts.append(_core(json.loads(file.read_text()), core))
     return "\n".join(parts)
+
+
+def _core(document: dict[str, Any], core: "Core") -> str:
+    source = f"`{document['command']}` at {document['commit']}, {document['date']}; {document['python']}."
+    lines = [_row(core.columns.values()), "|" + "---|" * len(core.columns)]
+    lines += [_row(_core_cell(row[name]) for name in core.columns) for row in document["rows"]]
+    return "\n".join([f"## {core.title}\n", core.text, "", source, "", *lines, ""])
+
+
+def _core_cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _sections(document: dict[str, Any], sections: Sequence["Section"]) -> Iterable[str]:
@@ -154,6 +177,46 @@ class Section:
         self.columns = columns
 
 
+class Core(NamedTuple):
+    """One table of a program that measures the core alone.
+
+    Attributes:
+        columns: Names in a row, and their headings.
+    """
+
+    title: str
+    text: str
+    columns: dict[str, str]
+
+
+CORE = {
+    "core-coalescer": Core(
+        "The coalescer alone",
+        "Tasks that ask for the same running work, from the first one made to the last one answered. The bare\n"
+        "`asyncio.Event` is the floor: it has no table, key, limit, role, deadline or error.",
+        {
+            "contender": "contender",
+            "joins_per_s": "joins per CPU s",
+            "of_bare_event": "of the bare event",
+            "bytes_per_waiter": "bytes a waiter",
+        },
+    ),
+    "core-hub": Core(
+        "The stream hub alone",
+        "One event from its publication until every viewer has taken it, one by one (live) and in bursts of eight;\n"
+        "and what is held for viewers who have read nothing.",
+        {
+            "viewers": "viewers",
+            "structure": "structure",
+            "live_us_per_event": "live, CPU µs",
+            "burst_us_per_event": "bursts, CPU µs",
+            "stalled_kib": "KiB unread",
+        },
+    ),
+}
+"""By the file of the results."""
+
+
 PAGES = {
     "http-burst": [
         Section(
@@ -197,6 +260,16 @@ PAGES = {
             "late joiner",
             {},
             LATE,
+        ),
+    ],
+    "http-slow": [
+        Section(
+            "Viewers that never read",
+            "200 deltas of 3,000 characters, 25 ms apart; the second half, when all buffers of those that take nothing "
+            "are full. They are cut off 10 s after their send is blocked, and may resume.",
+            "never read",
+            {"readers": "read", "silent": "never read"},
+            SILENT,
         ),
     ],
     "http-passthrough": [

@@ -9,11 +9,12 @@ from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats, Permit, 
 from oncewise.core.stream_hub import Encoder, HubStats, PlainText, Position, Sink, StreamHub, StreamLog, Viewer
 from oncewise.errors import Failure, OncewiseError
 from oncewise.model import Role
-from oncewise.ports import StartLimiter
+from oncewise.ports import CallSlots, LogEntry, LogTail, StartLimiter
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallSlots",
     "Coalescer",
     "CoalescerStats",
     "Encoder",
@@ -24,6 +25,8 @@ __all__ = [
     "HubStats",
     "Landed",
     "LocalLimiter",
+    "LogEntry",
+    "LogTail",
     "OncewiseError",
     "Pacer",
     "PacerStats",

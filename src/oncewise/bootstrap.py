@@ -7,6 +7,7 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,10 @@ from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
+from oncewise.providers.native import NativeProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
+from oncewise.providers.prices import PublicPrices
+from oncewise.service.accounts import Accounts, Prices
 from oncewise.service.calls import Calls, ProviderLane, remember_s
 from oncewise.service.completions import Completions
 from oncewise.service.keys import Keys
@@ -45,8 +49,13 @@ from oncewise.storage.requests import SqlRequestLog
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
+from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["Lanes", "Services", "open_services"]
+__all__ = ["Lanes", "Services", "connect", "open_services"]
+
+
+LOG_BYTES = 256 * 2**20
+"""What the logs of one process may hold: half for viewers of turns, half for running calls and those of /v1."""
 
 
 class Lanes(dict[str, ProviderLane]):
@@ -83,6 +92,7 @@ class Services:
     turns: Turns
     completions: Completions
     metrics: Metrics
+    accounts: Accounts
     keys: Keys
     hub: StreamHub
     prometheus: Prometheus
@@ -120,8 +130,13 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder) -> Services:
+async def open_services(settings: Settings, encoder: Encoder, figures: SharedFigures | None = None) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
+
+    Args:
+        settings: What to serve with.
+        encoder: How events look on the wire.
+        figures: What this process shares with the other workers of its server; closed with the services.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
@@ -129,10 +144,14 @@ async def open_services(settings: Settings, encoder: Encoder) -> Services:
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
-        return await _wire(settings, encoder, opening)
+        if figures is not None:
+            opening.callback(figures.close)
+        return await _wire(settings, encoder, opening, figures)
 
 
-async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -> Services:
+async def _wire(
+    settings: Settings, encoder: Encoder, opening: AsyncExitStack, figures: SharedFigures | None
+) -> Services:
     owner = _new_id()
     database = await open_database(settings, owner=owner)
     opening.push_async_callback(database.aclose)
@@ -144,10 +163,14 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
             listener(event)
 
     lanes = _lanes(settings, opening, tell)
-    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
+    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
     listeners.append(prometheus)
+    metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
+    opening.callback(prometheus.publish)
+    # Before the calls are: their end may be what a row waits for.
+    opening.push_async_callback(metrics.flush)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
         ledger=ledger,
@@ -158,8 +181,6 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         rules=rules,
         ids=_new_id,
     )
-    metrics = Metrics(SqlRequestLog(database), listener=prometheus)
-    opening.push_async_callback(metrics.flush)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
     keys = Keys(SqlKeyStore(database, ids=_new_id))
@@ -167,13 +188,14 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     completions = Completions(
         lanes,
         names,
-        logs=StreamHub(retention_s=settings.log_retention_s),
+        logs=StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=settings.log_retention_s),
         ids=_new_id,
         policies=_policies(settings),
         listener=tell,
     )
     await _resolve_lost(ledger, database)
-    for beside in (metrics.run(), keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
+    shared = metrics.run(then=prometheus.publish)
+    for beside in (shared, keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,
@@ -181,6 +203,7 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         turns,
         completions,
         metrics,
+        Accounts(metrics.record),
         keys,
         hub,
         prometheus,
@@ -194,13 +217,21 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
 def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Calls:
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
-    return Calls(lanes, ledger=ledger, flights=flights, logs=StreamHub(retention_s=0.0), ids=_new_id)
+    logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
+    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
 
 
 def _policies(settings: Settings) -> Policies:
     tenants = {name: Policy(value) for name, value in settings.v1_coalesce_tenants.items()}
     models = {name: Policy(value) for name, value in settings.v1_coalesce_models.items()}
     return Policies(Policy(settings.v1_coalesce), tenants, models)
+
+
+def _prices(settings: Settings) -> Prices:
+    own = {name: (price.input_usd_per_mtok, price.output_usd_per_mtok) for name, price in settings.prices.items()}
+    # With the demo behind every name nothing is paid to anybody.
+    named = {} if settings.demo else settings.providers
+    return Prices(PublicPrices({name: provider.base_url for name, provider in named.items()}), own)
 
 
 def _new_id() -> str:
@@ -257,6 +288,8 @@ async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
 
 # -- providers ---------------------------------------------------------------------------------------------------
 
+QUEUE_S = 60.0
+QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
@@ -268,7 +301,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes
     lanes = {"demo": demo_lane}
     for configured in settings.providers.values():
         lanes[configured.name] = _lane(
-            _connect(configured),
+            connect(configured),
             configured.rps,
             opening,
             tell,
@@ -289,7 +322,8 @@ def _names(settings: Settings, lanes: Lanes) -> ModelNames:
     )
 
 
-def _connect(configured: ProviderSettings) -> Provider:
+def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativeProvider:
+    """The adapter of a configured provider; close it with `aclose`. Connects at the first call."""
     entry = configured.entry
     wire = entry.wire if entry else Wire.OPENAI
     name, base_url, concurrency = configured.name, configured.base_url, configured.concurrency
@@ -314,7 +348,9 @@ def _lane(
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProviderLane:
     limiter = LocalLimiter(rps, burst, asyncio.get_running_loop().time)
-    pacer = Pacer(limiter, concurrency=concurrency)
+    # Nobody waits whose start could not come in time: it is better told at once.
+    places = min(QUEUE_PLACES, math.ceil(rps * QUEUE_S))
+    pacer = Pacer(limiter, concurrency=concurrency, max_waiting=places, max_wait_s=QUEUE_S)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
     return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

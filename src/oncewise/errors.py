@@ -12,6 +12,7 @@ from typing import ClassVar
 
 __all__ = [
     "BodyTooLarge",
+    "CoordinationUnavailable",
     "DuplicateHeader",
     "Failure",
     "FlightCancelled",
@@ -441,6 +442,16 @@ class SchemaMismatch(OncewiseError):
     """The database was made by a newer version; this version cannot use it."""
 
     code = "schema_mismatch"
+
+
+# -- between workers ---------------------------------------------------------------------------------------------
+
+
+class CoordinationUnavailable(OncewiseError):
+    """The service between the workers did not answer."""
+
+    code = "coordination_unavailable"
+    retryable = True
 
 
 class InternalError(OncewiseError):

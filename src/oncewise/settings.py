@@ -95,7 +95,7 @@ class ProviderSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="Calls that may start together after a pause, 1 to 1,000,000. Never more than RPS rounded down (at "
-        "least 1): a provider of 1 call/s would refuse the second of two at once.",
+        "least 1): a provider of 1 call/s would refuse the second of two at once. No second has more than RPS.",
     )
     concurrency: int = Field(default=3, ge=1, le=1_000_000, description="Calls that may run at a time, 1 to 1,000,000.")
 
@@ -155,7 +155,11 @@ class Settings(BaseModel):
         default=8000, ge=0, le=65_535, description="TCP port to listen on, 0 to 65,535; 0 takes any free one."
     )
     workers: int = Field(
-        default=1, ge=1, le=64, description="Server processes, 1 to 64. This version serves with 1 only."
+        default=1,
+        ge=1,
+        le=64,
+        description="Server processes on one port, 1 to 64. More than one needs a Redis or Valkey between them, or the "
+        "extra `oncewise[local]`, which brings one.",
     )
     database_url: str = Field(
         default_factory=lambda: f"sqlite:///{platformdirs.user_data_path('oncewise') / 'oncewise.db'}",
@@ -263,16 +267,6 @@ class Settings(BaseModel):
         description="Provider of requests that name none; the first enabled one, or the demo provider if there is "
         "none.",
     )
-
-    @field_validator("workers")
-    @classmethod
-    def _one_worker(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError(
-                "more than one worker needs Redis or Valkey between them (ONCEWISE_REDIS_URL, --redis), which this "
-                "version cannot use yet; set it to 1"
-            )
-        return value
 
     @field_validator("database_url")
     @classmethod

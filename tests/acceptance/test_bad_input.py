@@ -147,6 +147,10 @@ HEADERS = {
     "UTF-16": ([ORG, ("content-type", "application/json;charset=utf-16")], "unsupported_media_type"),
     "another JSON": ([ORG, ("content-type", f"application/json+{CANARY}")], "unsupported_media_type"),
     "gzip": ([ORG, JSON, ("content-encoding", "gzip")], "unsupported_media_type"),
+    "gzip and none": (
+        [ORG, JSON, ("content-encoding", "gzip"), ("content-encoding", "identity")],
+        "unsupported_media_type",
+    ),
     "long key": ([ORG, JSON, ("idempotency-key", CANARY * 50)], "invalid_request"),
 }
 

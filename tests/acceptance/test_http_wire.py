@@ -150,6 +150,39 @@ async def test_a_client_that_asks_before_sending_is_told_no_at_once(site):
     assert reply.status == 413
 
 
+@pytest.mark.parametrize("coding", ["gzip, chunked", "gzip\r\ntransfer-encoding: chunked"])
+async def test_a_body_that_is_compressed_on_the_way_is_refused(site, coding):
+    """As one that is compressed at rest: its bytes would be taken for the document."""
+    head = site.head("POST", "/api/threads/", [site.host, ORG, JSON, ("transfer-encoding", coding)])
+    reply = parse_reply(await shut(site, head + b"2\r\n{}\r\n0\r\n\r\n"))
+
+    assert (reply.status, reply.code) == (415, "unsupported_media_type")
+    assert (await site.ask("GET", "/api/threads/")).json()["items"] == []
+
+
+async def test_a_client_of_http_1_0_gets_answers_that_it_understands(site):
+    """No chunks: an answer without a length ends with the connection. ApacheBench and older proxies ask so."""
+    thread = await site.thread()
+
+    async def ask(path, *fields):
+        head = site.head(
+            "POST", f"/api/threads/{thread}/{path}", [site.host, ORG, JSON, ("content-length", 16), *fields]
+        )
+        return (await site.raw(head.replace(b"HTTP/1.1", b"HTTP/1.0") + b'{"content":"Hi"}')).partition(b"\r\n\r\n")
+
+    for fields in ((), (("connection", "keep-alive"),)):
+        head, _, body = await ask("messages/stream", *fields)
+        assert head.startswith(b"HTTP/1.1 200")
+        assert b"transfer-encoding" not in head
+        assert b"connection: close" in head
+        events = read_events(body)
+        assert events[0].name == "ping"
+        assert events[-1].name == "done"
+        assert "".join(event.data["delta"] for event in events if event.name == "delta") == site.provider.text
+    head, _, body = await ask("messages")
+    assert int(dict(line.split(b": ", 1) for line in head.split(b"\r\n")[1:])[b"content-length"]) == len(body)
+
+
 async def test_a_trailer_does_not_change_who_is_asking(site):
     """A field after the body is no head."""
     head = site.head("POST", "/api/threads/", [site.host, JSON, ("transfer-encoding", "chunked")])
@@ -232,7 +265,8 @@ async def test_a_client_that_never_reads_is_dropped_and_disturbs_nobody(tmp_path
 SERVE = """
 import sys
 from oncewise.api.app import create_app
-from oncewise.api.server import listen, run
+from oncewise.api.server import run
+from oncewise.api.sockets import listen
 from oncewise.settings import Settings
 sockets = listen("127.0.0.1", 0)
 print(sockets[0].getsockname()[1], flush=True)

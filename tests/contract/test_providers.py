@@ -23,7 +23,7 @@ from oncewise.model import ChatMessage, ChatRequest, CompletionRequest, FinishRe
 from oncewise.ports import Chunk, Completion, Provider, ProviderEvent, TextDelta
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.call import Timers
-from oncewise.providers.catalogue import Quirks
+from oncewise.providers.catalogue import CATALOGUE
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
@@ -492,7 +492,7 @@ async def test_the_body_of_an_error_is_not_read_without_end() -> None:
 async def test_a_recorded_stream_means_the_same_over_a_socket(fake: FakeProvider, recorded: Recorded) -> None:
     """One byte to a chunk of the body: the finest a network can cut."""
     fake.raw["recorded"] = [bytes([byte]) for byte in recorded.body]
-    quirks = Quirks(done_ends=recorded.done_ends)
+    quirks = CATALOGUE[recorded.provider].quirks
     provider = OpenAICompatibleProvider.connect("acme", fake.base_url, None, concurrency=1, quirks=quirks)
     events, error = await collect(provider, request("recorded"))
     await provider.aclose()

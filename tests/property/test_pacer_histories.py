@@ -113,6 +113,8 @@ class Line:
             for last in range(first + burst, len(times)):
                 earned = (last - first + 1 - burst) / self.rate
                 assert times[last] - times[first] >= earned - 0.005, "too soon"
+        for first, next_second in zip(times, times[max(1, int(self.rate)) :], strict=False):
+            assert next_second - first >= 0.995, "too many in a second"
 
     def check_order(self) -> None:
         """Within a tenant, first come is first served."""

@@ -21,6 +21,7 @@ from itertools import count
 from typing import Any
 
 from oncewise.api.row_viewer import RowViewer
+from oncewise.bootstrap import FOLLOWERS_FIRST_S, LOOK_EVERY_S
 from oncewise.core.coalesce import Coalescer
 from oncewise.core.pacing import LocalLimiter, Pacer
 from oncewise.core.retry import RetryBudget
@@ -180,14 +181,22 @@ class Worker:
             ids=fleet.new_id,
         )
         self._fleet = fleet
+        machine.start(self._free_lost())
         machine.start(self._sweep(fleet.world.chance.random() * LEASE_S))
 
+    async def _free_lost(self) -> None:
+        """As `oncewise.bootstrap` does it; so is the next."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._fleet.dead:
+                with contextlib.suppress(StorageUnavailable):
+                    await self.ledger.lapse(tuple(self._fleet.dead))
+
     async def _sweep(self, first_s: float) -> None:
-        """As `oncewise.bootstrap` does it."""
         await asyncio.sleep(first_s)
         while True:
             with contextlib.suppress(StorageUnavailable):
-                await self.ledger.sweep(dead_owners=tuple(self._fleet.dead))
+                await self.ledger.sweep(lapsed_s=FOLLOWERS_FIRST_S)
             await asyncio.sleep(LEASE_S)
 
     @property

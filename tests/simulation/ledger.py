@@ -251,9 +251,17 @@ class Records:
         if self._claimed(claim) is not None:
             self._leases[claim.turn_id] = self._now_s()
 
-    def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
-        """See `TurnLedger.sweep`."""
+    def lapse(self, dead_owners: Sequence[str]) -> int:
+        """See `TurnLedger.lapse`."""
         now_s = self._now_s()
+        turns = [turn for thread in self.threads.values() for turn in thread.turns if not turn.state.final]
+        held = [turn for turn in turns if turn.owner in dead_owners and self._leases[turn.id] > now_s]
+        self._leases |= {turn.id: now_s for turn in held}
+        return len(held)
+
+    def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
+        """See `TurnLedger.sweep`."""
+        now_s = self._now_s() - lapsed_s
         lost = [
             turn
             for thread in self.threads.values()

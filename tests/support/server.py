@@ -86,6 +86,7 @@ async def serve_process(folder: Path, base_url: str, **settings: object) -> Asyn
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "ONCEWISE_DATABASE_URL": f"sqlite:///{folder / 'ow.db'}",
+        "ONCEWISE_PORT": "0",
         "OPENAI_API_KEY": "sk-test",
         "OPENAI_BASE_URL": base_url,
         "OPENAI_RPS": "1000",
@@ -95,7 +96,7 @@ async def serve_process(folder: Path, base_url: str, **settings: object) -> Asyn
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "oncewise", "serve", "--port", "0"),
+        *("-m", "oncewise", "serve"),
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

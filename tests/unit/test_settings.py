@@ -107,7 +107,7 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         ({"ONCEWISE_LEASE_S": "nan"}, "ONCEWISE_LEASE_S", "finite"),
         ({"ONCEWISE_DEMO_RPS": "0"}, "ONCEWISE_DEMO_RPS", "greater than 0"),
         ({"ONCEWISE_V1_COALESCE": SECRET}, "ONCEWISE_V1_COALESCE", "'always', 'safe' or 'off'"),
-        ({"ONCEWISE_WORKERS": "2"}, "ONCEWISE_WORKERS", "ONCEWISE_REDIS_URL"),
+        ({"ONCEWISE_WORKERS": "65"}, "ONCEWISE_WORKERS", "less than or equal to 64"),
         ({"ONCEWISE_DEFAULT_PROVIDER": SECRET}, "ONCEWISE_DEFAULT_PROVIDER", "not an enabled provider"),
         ({"ONCEWISE_DATABASE_URL": f"postgresql+psycopg://u:{SECRET}@h/d"}, "ONCEWISE_DATABASE_URL", "driver"),
         ({"ONCEWISE_DATABASE_URL": f"mysql://u:{SECRET}@h/d"}, "ONCEWISE_DATABASE_URL", "postgresql://"),

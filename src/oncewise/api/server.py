@@ -20,17 +20,16 @@ from typing import Any, cast
 import httptools
 import uvicorn
 from uuid_utils import uuid7
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGISendEvent
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
 from oncewise.api.presence import CONNECTION
+from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
 
-__all__ = ["GuardedProtocol", "Server", "listen", "run"]
-
-SEND_BUFFER = 64 * 1024
-BACKLOG = 8192
+__all__ = ["GuardedProtocol", "Server", "run"]
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -224,12 +223,31 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            # uvicorn names the class of the cycle itself; it has not taken its first step yet.
+            self.cycle.__class__ = _UntilClose
 
     def on_message_complete(self) -> None:
         self._in_head = True
         self._chunk_bytes = 0
         self._stop_timer()
         super().on_message_complete()
+
+
+class _UntilClose(RequestResponseCycle):
+    """An answer to HTTP/1.0. One without a length ends with the connection, since chunks came with HTTP/1.1.
+
+    ApacheBench and older proxies ask so; uvicorn sends them chunks, which are then part of the text.
+    """
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            if not any(name.lower() == b"content-length" for name, _ in message.get("headers", ())):
+                self.chunked_encoding = False
+                self.keep_alive = False
+        elif message["type"] == "http.response.body" and not self.keep_alive and not self.expected_content_length:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)
 
 
 @lru_cache(maxsize=4)
@@ -288,6 +306,17 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         _spare_the_collector()
 
+    async def accept_on(self, bound: socket.socket) -> asyncio.Server:
+        """Accept on one more socket, until the returned server is closed or all are."""
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> GuardedProtocol:
+            return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
+        self.servers.append(server)
+        return server
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Take a signal. It is not raised again at the end: a drained server has done what it was asked."""
         self._signals += 1
@@ -331,27 +360,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to an address, one per address family it has.
-
-    Raises:
-        OSError: the address is unknown or in use.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        bound = socket.socket(family, kind, protocol)
-        sockets.append(bound)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit it.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind(address)
-        bound.setblocking(False)
-    return sockets
 
 
 def run(app: App, sockets: list[socket.socket], *, drain_s: float) -> None:

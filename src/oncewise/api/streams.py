@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.exchange import Exchange, Headers
-from oncewise.api.messages import Messages, account, role_headers
+from oncewise.api.messages import Messages, role_headers
 from oncewise.api.row_viewer import RowViewer
 from oncewise.api.schema import is_id
 from oncewise.api.sse import EventStream
 from oncewise.core.stream_hub import Position, Viewer
-from oncewise.errors import NotFound, OncewiseError, TurnCancelled
+from oncewise.errors import NotFound, OncewiseError, ShuttingDown, TurnCancelled
 from oncewise.model import Role, StoredTurn
 from oncewise.service.turn_outcomes import TurnResult
 from oncewise.service.turns import TurnTicket
@@ -38,9 +39,11 @@ class Streams:
     def __init__(self, messages: Messages) -> None:
         self._messages = messages
         self._open: dict[EventStream, Exchange] = {}
+        self._stopped = False
 
     def stop(self) -> None:
-        """End every open stream where it is; clients may resume."""
+        """End every open stream where it is, and each that is still to be opened; clients may resume."""
+        self._stopped = True
         for stream in list(self._open):
             stream.stop()
 
@@ -59,6 +62,8 @@ class Streams:
         try:
             # Again: what was valid when the request came may have been revoked before its stream was open.
             exchange.tenant()
+            if self._stopped:
+                stream.stop()
             yield stream
         finally:
             del self._open[stream]
@@ -73,7 +78,7 @@ class Streams:
             OncewiseError: the message was refused.
             ClientGone, Stalled: nobody takes the answer.
         """
-        with self._messages.ask(exchange, thread_id) as ticket, exchange.presence():
+        with self._messages.ask(exchange, thread_id) as ticket, unless_gone(exchange, ticket, stream=True):
             try:
                 source = await self._source(ticket, exchange)
             except OncewiseError as error:
@@ -119,7 +124,9 @@ class Streams:
         headers = [*role_headers(ticket, None, exchange), (b"location", place.encode("ascii"))]
         await stream.open(headers, _meta_of_request(ticket, exchange))
         rest = await stream.follow(lambda: ticket.withdrawn)
-        if not stream.stopped:
+        if stream.stopped:
+            account(exchange, ticket, None, _why_stopped(exchange), stream=True)
+        else:
             result, error_code = await _outcome(ticket)
             account(exchange, ticket, result, error_code, stream=True)
         await stream.write(rest, more=False)
@@ -184,6 +191,14 @@ async def _raise_failure(ticket: TurnTicket) -> None:
         await ticket.result()
     except TurnCancelled:
         return
+
+
+def _why_stopped(exchange: Exchange) -> str:
+    try:
+        exchange.tenant()
+    except OncewiseError as error:
+        return error.code
+    return ShuttingDown.code
 
 
 async def _outcome(ticket: TurnTicket) -> tuple[TurnResult | None, str | None]:

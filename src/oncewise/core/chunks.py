@@ -138,9 +138,31 @@ def _figures(usage: Json | None) -> tuple[Usage | None, float | None]:
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     found = None
     if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
-        found = Usage(prompt, completion)
-    cost = usage.get("cost")
-    cost = cost.get("total_cost") if isinstance(cost, dict) else cost
+        read, written = _cached(usage)
+        read = min(read, prompt)
+        found = Usage(prompt, completion, cached_tokens=read, cache_write_tokens=min(written, prompt - read))
+    return found, _cost_usd(usage)
+
+
+def _cached(usage: Json) -> tuple[int, int]:
+    """Tokens of the prompt read from and written to a cache: OpenAI's names, Anthropic's, Moonshot's and DeepSeek's."""
+    details = usage.get("prompt_tokens_details")
+    details = details if isinstance(details, dict) else {}
+    read = (details.get("cached_tokens"), usage.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"))
+    written = (details.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
+    return _first_count(read), _first_count(written)
+
+
+def _first_count(values: Iterable[Any]) -> int:
+    return next((value for value in values if type(value) is int and value > 0), 0)
+
+
+def _cost_usd(usage: Json) -> float | None:
+    cost, ticks = usage.get("cost"), usage.get("cost_in_usd_ticks")
+    if isinstance(cost, dict):
+        cost = cost.get("total_cost")  # Perplexity
+    elif cost is None and ticks is not None:
+        cost = ticks / 10**10 if type(ticks) is int else None  # xAI
     if isinstance(cost, int | float) and not isinstance(cost, bool) and math.isfinite(cost) and cost >= 0:
-        return found, float(cost)
-    return found, None
+        return float(cost)
+    return None

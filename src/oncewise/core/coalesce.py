@@ -110,6 +110,7 @@ class Flight(Generic[T]):
 
     __slots__ = (
         "_abandon_after_s",
+        "_after",
         "_end",
         "_futures",
         "_heralds",
@@ -145,6 +146,7 @@ class Flight(Generic[T]):
         self._timer: asyncio.TimerHandle | None = None
         self._running = False
         self._end: Failure | None = None
+        self._after: list[Callable[[], None]] = []
         self._abandon_after_s = abandon_after_s
 
     def mark_running(self) -> None:
@@ -155,6 +157,13 @@ class Flight(Generic[T]):
         """Wake everyone in `Waiter.announced`: what the work has to say before it ends is there to be read."""
         self.has_announced = True
         _resolve(*self._heralds)
+
+    def after(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once this has landed, however it does; at once if it has. It must not raise."""
+        if self.outcome is None:
+            self._after.append(tell)
+        else:
+            tell()
 
     def abandon_after(self, abandon_after_s: float | None) -> None:
         """Choose for this flight what `Coalescer(abandon_after_s=...)` chooses for all."""
@@ -395,6 +404,16 @@ class Coalescer:
         flight = self._look_up(key)
         return None if flight is None else self._board(flight, Role.FOLLOWER)
 
+    def follow_flight(self, flight: Flight[T]) -> Waiter[T] | None:
+        """Join this very flight; None if it can be joined no more: it has landed, or is being cancelled.
+
+        By its key another could be met that has come in its place, even the one that asks.
+
+        Raises:
+            Overloaded, ReentrantFlight, WrongLoop: as `join`.
+        """
+        return self._board(flight, Role.FOLLOWER) if self._look_up(flight.key) is flight else None
+
     def forget(self, key: Hashable) -> None:
         """Let later requests for `key` start anew. A running flight still answers those who wait for it."""
         flight = self._table.get(key)
@@ -565,6 +584,8 @@ class Coalescer:
         if held and isinstance(outcome, Failure):
             self._keep(flight, outcome)
         self._report(flight, outcome)
+        for tell in flight._after:
+            tell()
 
     def _keep(self, flight: Flight[Any], failure: Failure) -> None:
         """Put a landed flight back, to answer for as long as its failure is remembered."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from oncewise.core.throttle import Throttle
 from oncewise.errors import Failure, InternalError, OncewiseError, QueueFull, QueueTimeout, ShuttingDown
-from oncewise.ports import StartLimiter
+from oncewise.ports import CallSlots, StartLimiter
 
 __all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place"]
 
@@ -38,39 +38,61 @@ class Gcra:
     that needed a new connection arrives late, and its successor would come too early.
 
     `burst` counts for nothing above `rate`: a provider of 1 call/s would refuse the second of two at once.
+
+    Attributes:
+        spacing_s: Seconds between two starts.
+        slack_s: How much earlier than that a start may be, after a pause.
     """
 
     def __init__(self, rate: float, burst: int = 1) -> None:
-        self._spacing_s = 1.0 / rate + min(GUARD_SHARE / rate, GUARD_MAX_S)
-        self._slack_s = self._spacing_s * (max(1, min(burst, int(rate))) - 1)
+        self.spacing_s = 1.0 / rate + min(GUARD_SHARE / rate, GUARD_MAX_S)
+        self.slack_s = self.spacing_s * (max(1, min(burst, int(rate))) - 1)
         self._free_at_s = float("-inf")
 
     def reserve(self, now_s: float) -> float:
         """Book the next start; return when it is, in the time of `now_s` and never before it."""
         free_at_s = max(now_s, self._free_at_s)
-        self._free_at_s = free_at_s + self._spacing_s
-        return max(now_s, free_at_s - self._slack_s)
+        self._free_at_s = free_at_s + self.spacing_s
+        return max(now_s, free_at_s - self.slack_s)
 
     def give_back(self) -> None:
         """Undo the reservation made last."""
-        self._free_at_s -= self._spacing_s
+        self._free_at_s -= self.spacing_s
+
+    def pause(self, until_s: float) -> None:
+        """Book no start before that time, and none together at it."""
+        self._free_at_s = max(self._free_at_s, until_s + self.slack_s)
 
 
 class LocalLimiter:
-    """A `StartLimiter` for one process."""
+    """A `StartLimiter` for one process: `Gcra`, and no more starts in any second than the rate.
+
+    A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
+    the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
+    the guard between starts leaves room enough.
+    """
 
     def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
         self._gcra = Gcra(rate, burst)
         self._clock_s = clock_s
+        spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
+        self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
 
     async def reserve(self) -> float:
         """Book the next start; return the seconds until it."""
         now_s = self._clock_s()
-        return self._gcra.reserve(now_s) - now_s
+        start_s = self._gcra.reserve(now_s)
+        if self._latest.maxlen:
+            if len(self._latest) == self._latest.maxlen:
+                start_s = max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
+            self._latest.append(start_s)
+        return start_s - now_s
 
     async def give_back(self) -> None:
         """Return the reservation made last."""
         self._gcra.give_back()
+        if self._latest:
+            self._latest.pop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +160,23 @@ class Pacer:
         concurrency: Calls that may run at a time.
         max_waiting: Requests that may wait; above it `QueueFull`.
         max_wait_s: Seconds a request may wait; after them `QueueTimeout`.
+        slots: Counts running calls over everyone under the same limit; None if nobody else is.
+        on_pause: Told of each pause in seconds, for the others; must not block.
     """
 
     def __init__(
-        self, limiter: StartLimiter, *, concurrency: int, max_waiting: int = 1_000, max_wait_s: float = 60.0
+        self,
+        limiter: StartLimiter,
+        *,
+        concurrency: int,
+        max_waiting: int = 1_000,
+        max_wait_s: float = 60.0,
+        slots: CallSlots | None = None,
+        on_pause: Callable[[float], None] | None = None,
     ) -> None:
         self._limiter = limiter
+        self._slots = slots
+        self._on_pause = on_pause
         self._concurrency = concurrency
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
@@ -204,7 +237,9 @@ class Pacer:
         Otherwise one tenant could fill the queue, and the turns that the others have in it would be of no use to them.
         """
         longest = max(self._lanes.values(), key=len, default=deque[Place]())
-        full = QueueFull("Too many requests wait for this provider.", retry_after_s=1.0)
+        # Within the patience of those who wait all their places come free, one after the other.
+        wait_s = max(1.0, self._max_wait_s / max(1, self._max_waiting))
+        full = QueueFull("Too many requests wait for this provider.", retry_after_s=wait_s)
         if len(longest) - 1 <= len(self._lanes.get(tenant, ())):
             raise full
         self._end(longest[-1], full)
@@ -228,18 +263,29 @@ class Pacer:
             # The permit and the end of patience met in one turn of the loop: permit and start go to the next in line.
             self._running -= 1
             if not self._hand_out():
-                self._freed.set()
+                self._give_back_slot()
             return
         self._leave(place)
 
     def _release(self) -> None:
         self._running -= 1
+        self._give_back_slot()
+
+    def _give_back_slot(self) -> None:
         self._freed.set()
+        if self._slots is not None:
+            self._slots.give_back()
 
     # -- what the provider says ----------------------------------------------------------------------------------
 
     def pause(self, for_s: float) -> None:
-        """Let nothing start for some seconds. Never shortens a pause."""
+        """Let nothing start for some seconds, here and by all who share the limit. Never shortens a pause."""
+        self.hold(for_s)
+        if self._on_pause is not None:
+            self._on_pause(for_s)
+
+    def hold(self, for_s: float) -> None:
+        """Let nothing start here for some seconds: somebody else under the same limit paused."""
         self._not_before_s = max(self._not_before_s, asyncio.get_running_loop().time() + for_s)
 
     def slow_down(self, began_s: float, retry_after_s: float | None) -> None:
@@ -316,14 +362,34 @@ class Pacer:
                     self._freed.clear()
                     await self._freed.wait()
                     continue
-                await self._next_start()
+                await self._next_call()
         except OncewiseError as error:
             self._refuse(error.failure())
         except Exception as error:  # noqa: BLE001  whoever waits must be told; the cause goes with it
             internal = InternalError()
             self._refuse(Failure(internal.code, internal.detail, cause=error))
 
-    async def _next_start(self) -> None:
+    async def _next_call(self) -> None:
+        if self._slots is not None:
+            await self._slots.take()
+        handed_out = False
+        try:
+            due_s = await self._next_start()
+            handed_out = self._hand_out()
+        finally:
+            if not handed_out and self._slots is not None:
+                self._slots.give_back()
+        if not handed_out:
+            await self._limiter.give_back()
+            return
+        await asyncio.sleep(0)  # the caller wakes
+        if asyncio.get_running_loop().time() - due_s > LATE_S:
+            # Overslept: the loop stood still. Booked anew from now, or the next start would come too soon after this.
+            await self._limiter.give_back()
+            await self._limiter.reserve()
+
+    async def _next_start(self) -> float:
+        """Wait for a start that may be used now; return when it was due."""
         loop = asyncio.get_running_loop()
         delay_s = await self._limiter.reserve()
         for _ in range(self._throttle.starts_to_skip(loop.time())):
@@ -331,17 +397,14 @@ class Pacer:
         due_s = loop.time() + delay_s
         await asyncio.sleep(delay_s)
         # Asked again after each sleep: a pause may have been made longer meanwhile.
-        while (pause_s := self._not_before_s - loop.time()) > 0:  # noqa: ASYNC110  a time is awaited, not a state
+        while (pause_s := self._not_before_s - loop.time()) > 0:
             await asyncio.sleep(pause_s)
-        if not self._hand_out():
+            # Booked anew, since everybody who shares the limit waited for the same moment.
             await self._limiter.give_back()
-            return
-        await asyncio.sleep(0)  # the caller wakes
-        if loop.time() - due_s > LATE_S:
-            # Overslept, by a pause or a loop that stood still. Booked anew from now, or the next start would come too
-            # soon after this one.
-            await self._limiter.give_back()
-            await self._limiter.reserve()
+            delay_s = await self._limiter.reserve()
+            due_s = loop.time() + delay_s
+            await asyncio.sleep(delay_s)
+        return due_s
 
     def _hand_out(self) -> bool:
         """Give the start that has come to whoever is next; False if everybody has left."""

@@ -9,7 +9,8 @@ The terminal event takes the position after the last delta. A log that is taken 
 viewer of the older one is told to drop what it showed.
 
 The log owns the events: `append`, `note`, `restart`, `close` and `sever` are the only methods that change it, none
-awaits. The hub owns which logs exist and how many bytes they hold.
+awaits. The hub owns which logs exist and how many bytes they hold. A log may repeat one of another process: `entry`
+tells its events as values, `mirror` takes them, and `append_joined` takes text whose deltas nobody knows any more.
 
 Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rights, and what the events mean.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from oncewise.errors import Overloaded, ResponseTooLarge
+from oncewise.ports import LogEntry
 
 __all__ = ["Encoder", "HubStats", "PlainText", "Position", "Sink", "StreamHub", "StreamLog", "Viewer"]
 
@@ -96,45 +98,54 @@ class HubStats:
 
 
 class StreamLog:
-    """The events of one stream. Opened, kept and dropped by its `StreamHub`.
+    """The events of one stream. Opened, kept and dropped by its `StreamHub`; made by hand it counts for nothing there.
 
     Attributes:
         epoch: The attempt that writes now.
         closed: Whether the terminal event is in.
         viewers: How many viewers look on.
+        tap: Called when a delta or the end is in, or the log began again; must not raise. Carries the log elsewhere.
     """
 
     __slots__ = (
         "_bytes",
         "_end",
+        "_ending",
         "_fed",
         "_frames",
         "_held",
         "_hub",
         "_joined",
         "_notes",
+        "_pieces",
         "_reset",
+        "_said",
         "_sleepers",
         "_texts",
         "_timer",
         "_told_s",
         "epoch",
         "key",
+        "tap",
         "viewers",
     )
 
-    def __init__(self, hub: "StreamHub", key: Hashable, epoch: int) -> None:
+    def __init__(self, hub: "StreamHub", key: Hashable, epoch: int = 1) -> None:
         self.key = key
         self.epoch = epoch
         self.viewers = 0
+        self.tap: Callable[[], None] | None = None
         self._hub = hub
         self._texts: list[str] = []
         self._frames: list[bytes] = []
         self._notes: list[tuple[int, bytes]] = []
+        self._said: list[tuple[str, Mapping[str, Any]]] = []
+        self._pieces: list[tuple[int, int]] = []
         self._end: bytes | None = None
+        self._ending: tuple[str, Mapping[str, Any]] | None = None
         self._reset: bytes = b""
         self._bytes = 0
-        self._held = True
+        self._held = False
         self._timer: asyncio.TimerHandle | None = None
         # Viewers that wait, and so have all there is: those with a sink are fed, the others woken.
         self._fed: dict[Viewer, Callable[[bytes], bool]] = {}
@@ -147,6 +158,11 @@ class StreamLog:
     def closed(self) -> bool:
         """Whether the terminal event is in."""
         return self._end is not None
+
+    @property
+    def ending(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and data of the terminal event; None while there is none."""
+        return self._ending
 
     @property
     def deltas(self) -> int:
@@ -162,6 +178,10 @@ class StreamLog:
     def text(self) -> str:
         """All deltas of this epoch, joined."""
         return "".join(self._texts)
+
+    def size_after(self, seq: int) -> int:
+        """Encoded bytes of the deltas after the first `seq`."""
+        return sum(len(frame) for frame in self._frames[seq:])
 
     def append(self, text: str) -> Position:
         """Publish a delta to every viewer, at once and without waiting for any.
@@ -180,7 +200,30 @@ class StreamLog:
         self._feed(frame)
         self._texts.append(text)
         self._frames.append(frame)
+        self._tell()
         return position
+
+    def append_joined(self, text: str, seq: int) -> None:
+        """Publish all deltas up to position `seq` in one piece, where nobody knows any more where each of them ended.
+
+        A viewer that comes with a position inside the piece is shown everything again. Deltas that are in are not
+        published twice: with none left this does nothing.
+
+        Raises:
+            ResponseTooLarge, Overloaded: as `append`.
+        """
+        start = len(self._texts)
+        if self._end is not None or seq <= start:
+            return
+        if seq > self._hub.max_deltas:
+            raise ResponseTooLarge
+        frame = self._hub.encoder.delta(Position(self.epoch, seq), text)
+        self._grow(len(frame))
+        self._feed(frame)
+        self._texts += [""] * (seq - start - 1) + [text]
+        self._frames += [b""] * (seq - start - 1) + [frame]
+        self._pieces.append((start, seq))
+        self._tell()
 
     def note(self, name: str, data: Mapping[str, Any]) -> None:
         """Publish an event without a position, between the deltas before and after it.
@@ -194,6 +237,7 @@ class StreamLog:
         self._grow(len(frame))
         self._feed(frame)
         self._notes.append((len(self._texts), frame))
+        self._said.append((name, data))
 
     def restart(self, epoch: int, name: str, data: Mapping[str, Any]) -> None:
         """Begin again under a higher epoch; viewers that saw something get the event first, at `<epoch>-0`."""
@@ -204,15 +248,18 @@ class StreamLog:
             self._hub._bytes -= self._bytes
         self._bytes = 0
         self.epoch = epoch
-        self._texts, self._frames, self._notes = [], [], []
+        self._texts, self._frames, self._notes, self._said, self._pieces = [], [], [], [], []
         self._joined = (0, 0, b"")
         self._reset = self._hub.encoder.event(name, data, Position(epoch, 0))
+        self._tell()
 
     def close(self, name: str, data: Mapping[str, Any]) -> None:
         """Publish the terminal event; the log stays readable for the hub's retention. Closing again does nothing."""
         if self._end is None:
             self._end = self._hub.encoder.event(name, data, Position(self.epoch, len(self._texts) + 1))
+            self._ending = (name, data)
             self._wake()
+            self._tell()
             self._hub._retain(self)
 
     def sever(self) -> None:
@@ -220,6 +267,7 @@ class StreamLog:
         if self._end is None:
             self._end = b""
             self._wake()
+            self._tell()
             self._hub._let_go(self)
 
     def view(self, after: Position | None = None) -> "Viewer":
@@ -229,6 +277,56 @@ class StreamLog:
         everything, and `Viewer.from_start` says so. Notes have no position, so every viewer is shown all of the epoch.
         """
         return Viewer(self, after)
+
+    # -- for other processes -------------------------------------------------------------------------------------
+
+    def entry(self, after: int, *, max_deltas: int, max_bytes: int) -> LogEntry | None:
+        """The events after the first `after` deltas, up to so many, at least one of them; None if there are none.
+
+        The terminal event comes with the last deltas, and a note with what follows it.
+        """
+        stop, size = after, 0
+        while stop < len(self._texts) and stop - after < max_deltas and (size == 0 or size < max_bytes):
+            size += len(self._frames[stop])
+            stop += 1
+        end = self._ending if stop == len(self._texts) else None
+        if after > len(self._texts) or (stop == after and end is None):
+            return None
+        told = stop + (end is not None)
+        notes = [
+            (at, name, data)
+            for (at, _), (name, data) in zip(self._notes, self._said, strict=True)
+            if after <= at < told
+        ]
+        return LogEntry(self.epoch, after, tuple(self._texts[after:stop]), tuple(notes), end)
+
+    def mirror(self, entry: LogEntry) -> bool:
+        """Publish what is new of the events of this epoch that another process tells; False if some before are missing.
+
+        Raises:
+            ResponseTooLarge, Overloaded: as `append`.
+        """
+        if self._end is not None or entry.epoch != self.epoch:
+            return True
+        if entry.after > len(self._texts):
+            return False
+        stop = entry.after + len(entry.texts)
+        for place in range(len(self._texts), stop):
+            self._mirror_notes(entry, place)
+            self.append(entry.texts[place - entry.after])
+        if entry.end is not None and len(self._texts) == stop:
+            self._mirror_notes(entry, stop)
+            self.close(*entry.end)
+        return True
+
+    def _mirror_notes(self, entry: LogEntry, place: int) -> None:
+        for at, name, data in entry.notes:
+            if at == place:
+                self.note(name, data)
+
+    def _tell(self) -> None:
+        if self.tap is not None:
+            self.tap()
 
     # -- for viewers ---------------------------------------------------------------------------------------------
 
@@ -321,7 +419,9 @@ class Viewer:
 
     def _seek(self, after: Position) -> None:
         log = self._log
-        if after.epoch == log.epoch and after.seq <= log.deltas:
+        if after.epoch == log.epoch and any(start < after.seq < end for start, end in log._pieces):
+            self.from_start = True
+        elif after.epoch == log.epoch and after.seq <= log.deltas:
             self._seq = after.seq
         elif after == log.tail:
             self._seq, self._note, self.ended = log.deltas, len(log._notes), True
@@ -485,8 +585,13 @@ class StreamHub:
 
     def open(self, key: Hashable, epoch: int = 1) -> StreamLog:
         """Make the log of a stream. The key contains the tenant; a key that is in use gets a new log in its place."""
-        self.drop(key)
-        log = self._logs[key] = StreamLog(self, key, epoch)
+        return self.hold(StreamLog(self, key, epoch))
+
+    def hold(self, log: StreamLog) -> StreamLog:
+        """Count a new log among those of this hub, in the place of one of the same key."""
+        self.drop(log.key)
+        log._held = True
+        self._logs[log.key] = log
         return log
 
     def get(self, key: Hashable) -> StreamLog | None:

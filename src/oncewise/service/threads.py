@@ -128,20 +128,23 @@ class Threads:
         return await self._turns.ledger.active(org_id, thread_id)
 
     async def watch(self, turn: StoredTurn) -> StreamLog | None:
-        """The log of a turn that runs here or ended a moment ago, for a viewer; None if only the row is left."""
+        """The log of a turn that runs, here or in another worker, or ended here; None if only the row is left."""
         run = self._turns.run_of(turn.org_id, turn.id)
         if run is not None:
             return await run.watch()
-        return self._turns.hub.get((turn.org_id, turn.id))
+        log = self._turns.hub.get((turn.org_id, turn.id))
+        if log is not None or turn.state.final or turn.owner == self._turns.owner:
+            return log
+        return await self._turns.remotes.look_at(turn).watch()
 
     def requesters(self, org_id: str, turn_id: str) -> int:
         """How many requests wait for a turn in this process."""
         run = self._turns.run_of(org_id, turn_id)
         return 0 if run is None else run.requesters
 
-    def cancel_request(self, org_id: str, request_id: str) -> bool:
-        """Withdraw one request's interest in its turn; False if it had ended by itself."""
-        return self._turns.cancel_request(org_id, request_id)
+    async def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw one request's interest in its turn, in whichever worker; False if it had ended by itself."""
+        return await self._turns.cancel_request(org_id, request_id)
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; a final turn stays as it is."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from oncewise.model import RequestRecord, Role
+from oncewise.model import CostBasis, RequestRecord, Role
 from oncewise.storage.database import Database
 from oncewise.storage.pairs import ORG
 from oncewise.storage.tables import requests
@@ -30,7 +30,9 @@ _NAMES = tuple(field.name for field in fields(RequestRecord))
 
 
 def _record(row: sa.Row[Any]) -> RequestRecord:
-    return RequestRecord(**{**row._mapping, "role": Role(row.role)})  # noqa: SLF001 - public under a private name
+    basis = None if row.cost_basis is None else CostBasis(row.cost_basis)
+    values = {**row._mapping, "role": Role(row.role), "cost_basis": basis}  # noqa: SLF001 - public under a private name
+    return RequestRecord(**values)
 
 
 class SqlRequestLog:

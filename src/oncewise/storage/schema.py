@@ -12,7 +12,7 @@ from oncewise.errors import SchemaMismatch
 
 __all__ = ["HEAD", "current", "require_current", "upgrade"]
 
-HEAD = "0002"
+HEAD = "0004"
 """Revision of the newest migration. Revisions are ordinals, so that a newer one is known without its script."""
 
 

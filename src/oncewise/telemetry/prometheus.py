@@ -1,9 +1,10 @@
 """Figures for Prometheus: counters that finished requests move, and gauges read when somebody looks.
 
-Label sets are bounded: surface, role, outcome, configured provider, state. Never a tenant, a thread, a key or a model
-that a client names; those would make a time series each. Breakers belong to a model each, so they are counted by state.
+Label sets are bounded: surface, role, outcome, kind, basis, configured provider, state. Never a tenant, a thread, a key
+or a model that a client names; those would make a time series each. Breakers belong to a model each, so they are
+counted by state.
 
-Deliberately absent: several processes. One registry belongs to one server process.
+Deliberately absent: how the figures of several workers add up (`oncewise.telemetry.shared_figures`).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
 from oncewise.model import RequestRecord
+from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Prometheus"]
 
@@ -73,9 +75,17 @@ class Prometheus:
         flights: What the turn flights hold now.
         hub: What the stream hub holds now.
         lanes: What the pacer and the breakers of each configured provider hold now.
+        shared: Where the figures of all workers are; None for a server of one process.
     """
 
-    def __init__(self, flights: Callable[[], CoalescerStats], hub: Callable[[], HubStats], lanes: Lanes = dict) -> None:
+    def __init__(
+        self,
+        flights: Callable[[], CoalescerStats],
+        hub: Callable[[], HubStats],
+        lanes: Lanes = dict,
+        shared: SharedFigures | None = None,
+    ) -> None:
+        self._shared = shared
         self._registry = CollectorRegistry()
         self._registry.register(_Held(flights, hub, lanes))
         registry = self._registry
@@ -83,6 +93,14 @@ class Prometheus:
         self._coalesce = Counter("oncewise_coalesce", "Finished requests by role.", ["role"], registry=registry)
         self._calls = Counter("oncewise_upstream_calls", "Provider calls, retries included.", registry=registry)
         self._saved = Counter("oncewise_calls_saved", "Requests answered without a call.", registry=registry)
+        self._tokens = Counter("oncewise_tokens", "Tokens that were paid for.", ["kind"], registry=registry)
+        self._tokens_saved = Counter("oncewise_tokens_saved", "Tokens of answers that cost nothing.", registry=registry)
+        self._cost = Counter(
+            "oncewise_cost_usd", "US dollars paid to providers, by what is known of them.", ["basis"], registry=registry
+        )
+        self._cost_saved = Counter(
+            "oncewise_cost_saved_usd", "US dollars that answers without a call would have cost.", registry=registry
+        )
         self._opened = Counter(
             "oncewise_breaker_opened", "Times that a breaker opened.", ["provider"], registry=registry
         )
@@ -125,12 +143,27 @@ class Prometheus:
         self._calls.inc(record.upstream_calls)
         if record.error_code is None and record.upstream_calls == 0:
             self._saved.inc()
+        self._count_money(record)
         self._latency.labels(record.surface, record.role.value).observe(record.latency_ms / 1000)
         if record.ttft_ms is not None:
             self._ttft.labels(record.role.value).observe(record.ttft_ms / 1000)
         if record.upstream_calls and record.queue_wait_ms is not None:
             self._wait.observe(record.queue_wait_ms / 1000)
 
+    def _count_money(self, record: RequestRecord) -> None:
+        self._tokens.labels("prompt").inc(record.prompt_tokens)
+        self._tokens.labels("completion").inc(record.completion_tokens)
+        self._tokens_saved.inc(record.tokens_saved)
+        self._cost_saved.inc(record.cost_saved_usd)
+        if record.cost_basis is not None:
+            self._cost.labels(record.cost_basis.value).inc(record.cost_usd)
+
+    def publish(self) -> None:
+        """Let the other workers know this one's figures."""
+        if self._shared is not None:
+            self._shared.publish(self._registry.collect)
+
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+        """All figures, of all workers, in Prometheus' text format. Those of others are as of their last `publish`."""
+        self.publish()
+        return generate_latest(self._shared or self._registry)

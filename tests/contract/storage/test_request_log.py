@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from oncewise.model import RequestRecord, Role
+from oncewise.model import CostBasis, RequestRecord, Role
 from tests.support.storage import Storage
 
 RECORD = RequestRecord(
@@ -38,6 +38,9 @@ async def test_a_record_is_read_back_whole(storage: Storage):
         error_code="provider_error",
         turn_id="t",
         call_id="c",
+        leader_id="r0",
+        cost_basis=CostBasis.ESTIMATED,
+        usage_estimated=True,
     )
     await storage.requests.record([RECORD, full])
 

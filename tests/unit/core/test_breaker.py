@@ -208,6 +208,17 @@ def test_only_so_many_models_are_kept() -> None:
     assert refused_for_s(breakers, 0.0, "c") > 0
 
 
+def test_a_model_in_use_is_not_forgotten_for_a_new_one() -> None:
+    """Good answers are use as well."""
+    breakers = Breakers(max_models=2)
+    fail(breakers, 4, model="a")
+    call(breakers, 0.0, good=True, model="b")
+    call(breakers, 0.0, good=True, model="a")
+    call(breakers, 0.0, good=True, model="c")
+    fail(breakers, 1, model="a")
+    assert refused_for_s(breakers, 0.0, "a") > 0
+
+
 def test_a_model_is_held_for_as_long_as_its_provider_said() -> None:
     """To the moment; a shorter wish shortens nothing; other models are free."""
     breakers = Breakers("acme")

@@ -145,6 +145,26 @@ async def test_follow_joins_what_runs_and_starts_nothing() -> None:
 
 
 @virtual_time
+async def test_a_flight_is_followed_itself_and_not_its_successor() -> None:
+    """While it can be joined; a forgotten, cancelled or landed one cannot, whatever flies under its key."""
+    flights, work = Coalescer(), Held()
+    with flights.join("key", work) as waiter:
+        await turns(2)
+        with flights.follow_flight(waiter.flight) as follower:
+            assert (follower.role, waiter.flight.waiters) == (Role.FOLLOWER, 2)
+        flights.forget("key")
+        assert flights.follow_flight(waiter.flight) is None
+        with flights.join("key", work) as successor:
+            await turns(2)
+            assert flights.follow_flight(waiter.flight) is None
+            work.end("one", 0)
+            work.end("two", 1)
+            assert (await waiter.result(), await successor.result()) == ("one", "two")
+        assert flights.follow_flight(successor.flight) is None
+    assert flights.stats() == IDLE
+
+
+@virtual_time
 async def test_waiters_wake_in_the_order_they_came() -> None:
     """First come, first answered: no order of memory addresses."""
     flights, work, order = Coalescer(), Held(), list[int]()
@@ -161,6 +181,32 @@ async def test_waiters_wake_in_the_order_they_came() -> None:
 
 
 # -- rule 1: the table owns the work -----------------------------------------------------------------------------
+
+
+@virtual_time
+@pytest.mark.parametrize("ending", ["value", "error", "dropped", "cancelled", "closed"])
+async def test_what_comes_after_a_flight_comes_after_every_ending(ending: str) -> None:
+    """Once, with the outcome there to be read; at once if it has landed. Work that never began is no exception."""
+    flights, work = Coalescer(), Held()
+    waiter: Waiter[Any] = flights.join("key", work)
+    seen: list[bool] = []
+    waiter.flight.after(lambda: seen.append(waiter.flight.outcome is not None))
+    if ending != "dropped":
+        await turns()
+    if ending == "value":
+        work.end(1)
+    elif ending == "error":
+        work.fail(ProviderError())
+    elif ending == "cancelled":
+        flights.cancel(waiter.flight, TurnCancelled().failure())
+    elif ending == "dropped":
+        waiter.leave()
+    else:
+        await flights.aclose()
+    await turns(3)
+    assert seen == [True]
+    waiter.flight.after(lambda: seen.append(True))
+    assert seen == [True, True]
 
 
 @virtual_time
@@ -474,15 +520,19 @@ async def test_a_retry_at_the_moment_of_failure_meets_no_dead_flight() -> None:
 
 @virtual_time
 async def test_the_key_is_free_before_anyone_is_woken() -> None:
-    """A callback that runs with the landing, before any waiter, finds the key free and the outcome set."""
+    """At the very moment of the waking the key is free and the outcome set, whatever runs first then."""
     flights, work, seen = Coalescer(), Held(), []
     with flights.join("key", work) as waiter:
-        waiting = asyncio.create_task(waiter.result())
+
+        class Woken(asyncio.Future[None]):
+            def set_result(self, result: None) -> None:
+                seen.append((flights.follow("key"), waiter.flight.outcome))
+                super().set_result(result)
+
+        waiter.flight._futures[Woken()] = None
         await turns(2)
-        (future,) = waiter.flight._futures
-        future.add_done_callback(lambda _: seen.append((flights.follow("key"), waiter.flight.outcome)))
         work.end(1)
-        await waiting
+        await waiter.result()
     assert seen == [(None, Landed(1))]
 
 
@@ -629,6 +679,17 @@ async def test_running_work_is_cancelled_after_its_grace() -> None:
     assert work.cancelled == 0
     await asyncio.sleep(0.2)
     assert (work.cancelled, flights.stats()) == (1, IDLE)
+
+
+@virtual_time
+async def test_work_that_ends_within_its_grace_leaves_no_timer() -> None:
+    """A timer would hold the flight and its value until the grace is over."""
+    flights, work = Coalescer(abandon_after_s=60.0), Held()
+    with flights.join("key", work):
+        await turns(2)
+    work.end("pong")
+    await turns(2)
+    assert virtual_loop().timers() == []
 
 
 @virtual_time

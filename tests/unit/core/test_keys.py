@@ -174,6 +174,15 @@ def test_a_collision_of_digests_is_no_equality() -> None:
     assert {one: "one"}.get(other) is None
 
 
+@pytest.mark.parametrize(("tenant", "kind"), [("globex", "call"), ("acme", "turn")])
+def test_a_collision_of_digests_is_no_sharing_across_tenants(tenant: str, kind: str) -> None:
+    """Equal bytes under one digest are another's work still."""
+    one, other = (RequestKey(*of, b"same", digest=lambda _: b"same") for of in (("acme", "call"), (tenant, kind)))
+    assert (hash(one), one.canonical) == (hash(other), other.canonical)
+    assert one != other
+    assert {one: "one"}.get(other) is None
+
+
 @pytest.mark.parametrize(("tenant", "kind"), [("", "call"), ("hunter2\ud800", "call"), ("acme", "hunter2\udc00")])
 def test_a_key_needs_a_tenant_and_proper_text(tenant: str, kind: str) -> None:
     """Without a tenant everybody would share with everybody."""

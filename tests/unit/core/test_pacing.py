@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from oncewise.coordination.memory import World
 from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats
 from oncewise.errors import InternalError, QueueFull, QueueTimeout, ShuttingDown, StorageUnavailable
 from tests.support.virtual_time import turns, virtual_loop, virtual_time
@@ -105,6 +106,27 @@ def test_giving_back_never_earns_more_than_a_pause_would() -> None:
     assert [gcra.reserve(0.0) for _ in range(3)] == pytest.approx([0.0, 0.0, 0.515])
 
 
+@pytest.mark.parametrize(("rate", "burst"), [(1.0, 2), (2.0, 2), (10.0, 5), (20.0, 3), (40.0, 2), (100.0, 100)])
+async def test_the_second_of_a_burst_has_no_more_starts_than_any_other(rate: float, burst: int) -> None:
+    """20 calls/s are 20 in any second, also in the first one after a pause; and the rate is had all the same."""
+    now_s, most = 0.0, int(rate)
+    limiter = LocalLimiter(rate, burst, lambda: now_s)
+    starts = []
+    for now_s in (0.0, 100.0):
+        starts += [round(now_s + await limiter.reserve(), 9) for _ in range(most * 5)]
+    assert starts.count(0.0) == starts.count(100.0) == min(burst, most)
+    assert all(later - sooner > 1.0 for sooner, later in zip(starts, starts[most:], strict=False))
+    assert starts[most * 5 - 1] <= 5 * 1.03
+
+
+async def test_a_start_that_is_given_back_leaves_room_in_its_second() -> None:
+    """As if it had never been booked."""
+    limiter = LocalLimiter(2.0, 2, lambda: 0.0)
+    assert [await limiter.reserve() for _ in range(2)] == [0.0, 0.0]
+    await limiter.give_back()
+    assert [await limiter.reserve() for _ in range(2)] == pytest.approx([0.0, 1.03])
+
+
 # -- the queue ---------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +200,20 @@ async def test_a_pause_holds_every_start_back_and_its_end_is_no_burst() -> None:
     line.pause(5.0)
     await asyncio.gather(*others)
     assert calls.times == pytest.approx([0.0, 10.0, 10.0 + SPACING_S])
+
+
+@virtual_time
+async def test_a_pause_may_become_longer_while_it_is_waited_for() -> None:
+    """Two calls run and both are refused: the second refusal counts from when it came."""
+    line = pacer(100.0)
+    calls = Calls(line)
+    line.pause(5.0)
+    (waiting,) = calls.begin("a")
+    await asyncio.sleep(2.0)
+    line.pause(10.0)
+    line.pause(1.0)
+    await waiting
+    assert calls.times == pytest.approx([12.0])
 
 
 @virtual_time
@@ -375,6 +411,24 @@ async def test_a_permit_given_to_the_last_caller_as_it_leaves_is_free_again() ->
 
 
 @virtual_time
+async def test_a_permit_that_nobody_is_left_to_take_does_not_stop_the_line() -> None:
+    """It was handed on to one who leaves as well, while the next start waited for a place."""
+    line = pacer(10_000.0, concurrency=1)
+    calls = Calls(line)
+    first, second, third = calls.begin("a", "b", "c")
+    while not line.stats().running:
+        await turns()
+    first.cancel()
+    await turns()
+    second.cancel()
+    third.cancel()
+    await asyncio.wait([first, second, third])
+    async with asyncio.timeout(1.0):
+        await calls.make("d")
+    assert (calls.order, line.stats()) == ("d", IDLE)
+
+
+@virtual_time
 async def test_a_start_that_nobody_wants_any_more_is_given_back() -> None:
     """All leave before the start comes: whoever asks then gets it without waiting a spacing more."""
     calls = Calls(pacer())
@@ -404,14 +458,14 @@ async def test_a_call_that_fails_gives_its_place_back() -> None:
 
 @virtual_time
 async def test_the_queue_is_bounded() -> None:
-    """At the limit, yes; one above, `QueueFull` with a hint, at once."""
-    calls = Calls(pacer(max_waiting=2))
+    """At the limit, yes; one above, `QueueFull` at once, with the time in which a place may come free."""
+    calls = Calls(pacer(max_waiting=2, max_wait_s=14.0))
     await calls.make()
     tasks = calls.begin("a", "b")
     await turns(2)
     with pytest.raises(QueueFull) as caught:
         await calls.make("c")
-    assert caught.value.retry_after_s == 1.0
+    assert caught.value.retry_after_s == 7.0
     await asyncio.gather(*tasks)
     assert calls.line.stats() == IDLE
 
@@ -466,6 +520,7 @@ async def test_closing_tells_who_waits_and_leaves_who_runs() -> None:
     await turns(5)
     await calls.line.aclose()
     assert virtual_loop().time() == 0.0
+    assert asyncio.all_tasks() - {running, *waiting} == {asyncio.current_task()}
     results = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(each) for each in results] == [ShuttingDown] * 2
     with pytest.raises(ShuttingDown):
@@ -550,3 +605,113 @@ async def test_nested_permits_of_one_caller_need_two_places() -> None:
         await stack.enter_async_context(line.permit("acme"))
         assert line.stats().running == 2
     assert line.stats() == IDLE
+
+
+# -- several pacers under one limit ------------------------------------------------------------------------------
+
+
+class Sharing:
+    """Pacers of several workers for one provider, and the starts they gave."""
+
+    def __init__(self, workers: int, rate: float = 1.0, concurrency: int = 100) -> None:
+        self.world = World()
+        self.starts: list[float] = []
+        self.running = self.most = 0
+        self.pacers = [self.pacer(number, rate, concurrency) for number in range(workers)]
+
+    def pacer(self, number: int, rate: float, concurrency: int) -> Pacer:
+        worker = self.world.worker(str(number))
+        limiter = worker.limiter("p", rate=rate, burst=1)
+
+        def tell(for_s: float) -> None:
+            self.told = asyncio.ensure_future(limiter.pause(for_s))
+            for other in self.pacers:
+                other.hold(for_s)
+
+        slots = worker.slots("p", limit=concurrency)
+        return Pacer(limiter, concurrency=concurrency, max_wait_s=600.0, slots=slots, on_pause=tell)
+
+    async def call(self, number: int, takes_s: float = 0.0) -> None:
+        async with self.pacers[number % len(self.pacers)].permit("acme"):
+            self.starts.append(asyncio.get_running_loop().time())
+            self.running += 1
+            self.most = max(self.most, self.running)
+            try:
+                await asyncio.sleep(takes_s)
+            finally:
+                self.running -= 1
+
+    async def aclose(self) -> None:
+        for pacer in self.pacers:
+            await pacer.aclose()
+
+
+@virtual_time
+async def test_pacers_of_several_workers_keep_one_rate() -> None:
+    """Four workers, twenty calls, one call a second."""
+    sharing = Sharing(4)
+    await asyncio.gather(*(sharing.call(number) for number in range(20)))
+    gaps = [after - before for before, after in pairwise(sharing.starts)]
+    assert min(gaps) >= 1.0
+    assert sharing.starts[-1] == pytest.approx(19 * Gcra(1.0).spacing_s, abs=0.5)
+    await sharing.aclose()
+
+
+@virtual_time
+async def test_a_pause_holds_the_starts_that_other_workers_had_booked() -> None:
+    """And when it ends they do not all start at once."""
+    sharing = Sharing(4)
+    calls = [asyncio.create_task(sharing.call(number)) for number in range(12)]
+    await asyncio.sleep(1.5)
+    before = len(sharing.starts)
+    sharing.pacers[2].pause(30.0)
+    await asyncio.gather(*calls)
+    after = sharing.starts[before:]
+    assert after[0] >= 31.5
+    assert min(later - earlier for earlier, later in pairwise(after)) >= 1.0
+    assert after[-1] <= 31.5 + 14.0
+    await sharing.aclose()
+
+
+@virtual_time
+async def test_pacers_of_several_workers_run_no_more_calls_than_the_limit() -> None:
+    """Three at a time over four workers; and every slot comes back."""
+    sharing = Sharing(4, rate=1000.0, concurrency=3)
+    await asyncio.gather(*(sharing.call(number, takes_s=1.0) for number in range(20)))
+    assert sharing.most == 3
+    await asyncio.sleep(1.0)
+    assert sharing.world.slots["p"] == set()
+    await sharing.aclose()
+
+
+@virtual_time
+async def test_whoever_leaves_a_queue_leaves_no_slot_behind() -> None:
+    """Before its start, at it, and with nobody else in the queue."""
+    sharing = Sharing(2, rate=10.0, concurrency=2)
+    for patience_s in (0.0, 0.0001, 0.05, 0.11):
+        calls = [asyncio.create_task(sharing.call(number, takes_s=0.05)) for number in range(6)]
+        await asyncio.sleep(patience_s)
+        for call in calls[::2]:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        await asyncio.sleep(1.0)
+        assert sharing.world.slots["p"] == set()
+    await sharing.aclose()
+    assert sharing.most <= 2
+
+
+@virtual_time
+async def test_a_pacer_that_closes_while_it_waits_for_a_slot_has_taken_none() -> None:
+    """The others go on."""
+    sharing = Sharing(2, rate=1000.0, concurrency=1)
+    holding = asyncio.create_task(sharing.call(0, takes_s=5.0))
+    await asyncio.sleep(0.1)
+    waiting = asyncio.create_task(sharing.call(1))
+    await asyncio.sleep(0.1)
+    await sharing.pacers[1].aclose()
+    with pytest.raises(ShuttingDown):
+        await waiting
+    await holding
+    await sharing.call(0)
+    assert sharing.world.slots["p"] == set()
+    await sharing.aclose()

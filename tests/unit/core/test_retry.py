@@ -37,6 +37,18 @@ def test_calls_and_retries_of_the_last_minute_count() -> None:
     assert sum(budget.spend(30.0) for _ in range(50)) == 10
     assert sum(budget.spend(95.0) for _ in range(50)) == 1
 
+    unspent = RetryBudget()
+    for _ in range(100):
+        unspent.called(0.0)
+    assert sum(unspent.spend(61.0) for _ in range(50)) == 1
+
+    spent = RetryBudget()
+    for _ in range(50):
+        spent.spend(0.0)
+    for _ in range(10):
+        spent.called(61.0)
+    assert spent.spend(61.0)
+
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 5)), max_size=200))
 def test_retries_never_exceed_the_share_and_the_floor(history: list[tuple[bool, float]]) -> None:

@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oncewise.core.chunks import assembled, usage_object
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderRateLimited
 from oncewise.model import ChatMessage, ChatRequest, CompletionRequest, FinishReason, Params, Usage
 from oncewise.ports import Completion, TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.catalogue import CATALOGUE, Quirks
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
-from tests.support.recorded_streams import RECORDED, Recorded
+from tests.support.recorded_streams import RECORDED, WHOLE, Recorded
 from tests.support.scripted_transport import ScriptedTransport, split
 
 REQUEST = ChatRequest("acme", "m1", (ChatMessage("system", "be brief"), ChatMessage("user", "hi")))
@@ -48,9 +49,37 @@ async def failure(body: str | bytes, **head: Any) -> OncewiseError:
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
 async def test_a_recorded_stream_means_the_same_wherever_it_is_split(recorded: Recorded) -> None:
     """Text, finish reason, usage, model, citations and cost of every public dialect, cut at every position."""
-    quirks = Quirks(done_ends=recorded.done_ends)
+    quirks = CATALOGUE[recorded.provider].quirks
     for position in range(len(recorded.body)):
         assert await answer(split(recorded.body, position), quirks) == (recorded.text, recorded.completion)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_the_chunks_of_a_recorded_stream_add_up_wherever_it_is_split(name: str) -> None:
+    """Tool calls, logprobs, reasoning, citations, cost and whatever else a provider says, cut at every position."""
+    provider, body, document = WHOLE[name]
+    quirks = CATALOGUE[provider].quirks
+    for position in range(len(body)):
+        adapter = OpenAICompatibleProvider(provider, ScriptedTransport(split(body, position)), quirks=quirks)
+        asked = CompletionRequest(provider, "m1", {"messages": []})
+        chunks = [chunk async for chunk in adapter.chunks(asked)]
+        figures = [figure for figure in map(usage_object, chunks) if figure is not None]
+        assert assembled(chunks, figures[-1] if figures else {}) == document
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
+async def test_a_recorded_stream_that_ends_early_never_counts(recorded: Recorded) -> None:
+    """After every event before the one with the finish reason, a clean end of the body is an error to retry."""
+    body = recorded.body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    blocks = body.split(b"\n\n")[:-1]
+    end = b"[DONE]" if recorded.provider == "ollama" else b'"finish_reason":"'
+    last = next(at for at, block in enumerate(blocks) if end in block)
+    for size in range(last + 1):
+        transport = ScriptedTransport([b"".join(block + b"\n\n" for block in blocks[:size])])
+        adapter = OpenAICompatibleProvider("acme", transport, quirks=CATALOGUE[recorded.provider].quirks)
+        with pytest.raises(ProviderProtocolError) as caught:
+            _ = [event async for event in adapter.stream(REQUEST)]
+        assert caught.value.retryable
 
 
 async def test_the_request_asks_for_a_stream_with_usage() -> None:
@@ -112,6 +141,19 @@ async def test_a_dialect_changes_the_request() -> None:
         (chunk("text") + event({"error": "secret"}), "provider_error", True),
         (chunk("text") + 'event: error\ndata: {"message":"secret"}\n\n', "provider_error", True),
         (event({"error": {"code": 429, "message": "secret"}}), "provider_rate_limited", True),
+        # OpenRouter's, in the middle of an answer.
+        (
+            chunk("text") + chunk("", "error", id="gen-1", provider="X", error={"code": 502, "message": "secret"}),
+            "provider_error",
+            True,
+        ),
+        (
+            event(
+                {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error", "error": {"code": 429}}]}
+            ),
+            "provider_error",
+            True,
+        ),
         (event({"error": {"code": "502", "message": "secret"}}), "provider_error", True),
         (event({"error": {"type": "invalid_request_error", "message": "secret"}}), "provider_error", False),
         (event({"error": {"code": "insufficient_quota", "type": "rate_limit_error"}}), "provider_error", False),

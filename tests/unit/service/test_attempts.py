@@ -3,11 +3,12 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from oncewise.core.breaker import Breakers
+from oncewise.core.breaker import BreakerRules, Breakers
 from oncewise.core.coalesce import Coalescer, Flight
 from oncewise.core.pacing import LocalLimiter, Pacer
 from oncewise.core.retry import RetryBudget
@@ -239,16 +240,31 @@ async def test_a_rate_limit_holds_everybody_back() -> None:
 
 
 @virtual_time
+async def test_an_answer_ends_a_row_of_refusals() -> None:
+    """Without a word from the provider the pause is 1 s each time, and 2 s only where one refusal follows another."""
+    desk = Desk(*[ProviderRateLimited()] * 2)
+    assert await desk.call() == ANSWER
+    desk.provider.failures = [(0, ProviderRateLimited())]
+    assert await desk.call() == ANSWER
+    assert gaps(desk.started) == pytest.approx([1.0, 2.0, 0.0, 1.0], abs=1e-3)
+
+
+@virtual_time
 async def test_a_quota_that_is_used_up_stops_its_model_and_no_other() -> None:
     """Nobody waits an hour: who asks for that model, or queues for it, is told what is left, and no call is made."""
     desk = Desk(ProviderRateLimited(retry_after_s=3600.0), rate=1.0)
-    told = await asyncio.gather(desk.call("a"), desk.call("b"), desk.call("c", "other"))
-    assert [getattr(each, "code", each) for each in told] == ["provider_rate_limited"] * 2 + [ANSWER]
+    desk.provider.delay_s = 0.5
+    *same, other = (asyncio.create_task(desk.call(*each)) for each in (("a",), ("b",), ("c", "other")))
+    told = await asyncio.gather(*same)
+    assert [each.code for each in told] == ["provider_rate_limited"] * 2
+    assert virtual_loop().time() == pytest.approx(0.5)  # the second too: it does not wait for its start
+    assert desk.pacer.stats().rate_share == pytest.approx(0.5)
+    assert await other == ANSWER
     assert len(desk.started) == 2
     await asyncio.sleep(1800.0 - virtual_loop().time())
     again = await desk.call("d")
-    assert (again.code, again.retry_after_s) == ("provider_rate_limited", pytest.approx(1800.0))
-    await asyncio.sleep(1800.0)
+    assert (again.code, again.retry_after_s) == ("provider_rate_limited", pytest.approx(1800.5))
+    await asyncio.sleep(1800.5)
     assert await desk.call("e") == ANSWER
 
 
@@ -324,6 +340,18 @@ async def test_who_waits_for_a_model_that_turns_out_to_fail_is_told_at_once() ->
     assert await other == ANSWER
     assert len(desk.started) == 6
     assert virtual_loop().time() < 6.5
+
+
+@pytest.mark.parametrize("lag_s", [-1e-10, 0.0, 1e-10])
+@virtual_time
+async def test_a_permit_that_came_as_the_breaker_opened_is_not_used(lag_s: float) -> None:
+    """The two meet in one turn of the loop: whoever has the permit stands in no queue to be turned away from."""
+    desk = Desk((0, ProviderError(retryable=True)), rate=1.0)
+    desk.lane = replace(desk.lane, breakers=Breakers(rules=BreakerRules(failures=1)))
+    desk.provider.delay_s = 1.03 + lag_s
+    told = await asyncio.gather(desk.call("a"), desk.call("b"))
+    assert [each.code for each in told] == ["provider_error", "provider_unavailable"]
+    assert len(desk.started) == 1
 
 
 @pytest.mark.parametrize(

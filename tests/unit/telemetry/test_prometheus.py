@@ -1,13 +1,14 @@
 """What Prometheus is told."""
 
 import re
+from dataclasses import replace
 
 from oncewise.core.breaker import BreakerChanged, BreakerState, BreakerStats
 from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.keys import request_key
 from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
-from oncewise.model import RequestRecord, Role
+from oncewise.model import CostBasis, RequestRecord, Role
 from oncewise.telemetry.prometheus import Prometheus
 
 SECRET = "tenant-nobody-may-see"
@@ -62,6 +63,29 @@ def test_requests_are_counted_by_role_and_outcome():
     assert seen["oncewise_queue_wait_seconds_count"] == 2
 
 
+def test_money_is_counted_by_what_it_rests_on():
+    """Paid and saved, with the tokens behind it."""
+    prometheus = make()
+    paid = replace(record(Role.LEADER, calls=1), prompt_tokens=10, completion_tokens=5, cost_usd=0.25)
+    saved = replace(record(Role.FOLLOWER), tokens_saved=15, cost_saved_usd=0.5)
+    for event in (
+        replace(paid, cost_basis=CostBasis.PROVIDER),
+        replace(paid, cost_basis=CostBasis.ESTIMATED, cost_usd=0.125),
+        replace(paid, cost_basis=CostBasis.UNKNOWN, cost_usd=0.0),
+        replace(saved, cost_basis=CostBasis.PRICES),
+        record(Role.LEADER, error_code="provider_error"),
+    ):
+        prometheus(event)
+
+    seen = figures(prometheus)
+
+    costs = {basis: seen[f'oncewise_cost_usd_total{{basis="{basis}"}}'] for basis in CostBasis}
+    assert costs == {"provider": 0.25, "estimated": 0.125, "unknown": 0.0, "prices": 0.0}
+    assert (seen["oncewise_cost_saved_usd_total"], seen["oncewise_tokens_saved_total"]) == (0.5, 15)
+    assert seen['oncewise_tokens_total{kind="prompt"}'] == 30
+    assert seen['oncewise_tokens_total{kind="completion"}'] == 15
+
+
 def test_gauges_are_read_at_the_scrape():
     """No gauge can drift: it is what is held now."""
     seen = figures(make())
@@ -98,14 +122,8 @@ def test_no_tenant_and_no_model_becomes_a_label():
     prometheus(BreakerChanged("acme", SECRET, BreakerState.OPEN, 5, 5, 5.0))
     text = prometheus.text().decode()
     assert SECRET not in text
-    assert set(re.findall(r'(\w+)="', text)) <= {
-        "surface",
-        "outcome",
-        "role",
-        "le",
-        "provider",
-        "state",
-    }
+    labels = {"surface", "outcome", "role", "le", "kind", "basis", "provider", "state"}
+    assert set(re.findall(r'(\w+)="', text)) <= labels
 
 
 def test_other_events_are_ignored():

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/api/threads", tags=["turns"], dependencies=[Depends(
 @router.post("/cancel/{request_id}", response_model=Withdrawn)
 async def cancel_request(exchange: Arrived, request_id: str) -> Response:
     """Withdraw one request; the provider call stops when no other is interested."""
-    withdrawn = exchange.services.threads.cancel_request(exchange.tenant(), request_id)
+    withdrawn = await exchange.services.threads.cancel_request(exchange.tenant(), request_id)
     return reply({"request_id": request_id, "state": "cancelled" if withdrawn else "ended"})
 
 
