@@ -505,6 +505,8 @@ async def open_postgres(
 
 _REASONS = {
     "28": "PostgreSQL refused the user or the password of the database URL.",
+    "42": "PostgreSQL does not let the role of the database URL do that.",
+    "55": "A table was in use for too long; nothing was changed. Try again.",
     "3D": "PostgreSQL has no database of the name in the database URL.",
     "53": "PostgreSQL takes no more connections: see its max_connections.",
     "57": "PostgreSQL is starting or stopping.",
@@ -547,15 +549,27 @@ async def current_postgres(url: str, *, transaction_pooling: bool = False) -> st
         return await database.read(schema.current)
 
 
-async def upgrade_postgres(url: str, *, transaction_pooling: bool = False) -> bool:
+async def upgrade_postgres(url: str, *, transaction_pooling: bool = False, table_s: float = 5.0) -> bool:
     """Bring the database to this version's schema; False if it was there. Of several at once, one does it.
+
+    Args:
+        url: As for `open_postgres`.
+        transaction_pooling: As for `open_postgres`.
+        table_s: How long to wait for a table that is in use. Behind a change that waits for a table, all who want to
+            read that table wait too.
 
     Raises:
         StorageUnavailable: as `open_postgres`; or a table was in use for too long, and nothing was changed.
         SchemaMismatch: the database is newer than this version; nothing was changed.
     """
+
+    def work(conn: sa.Connection) -> bool:
+        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", f"{table_s * 1000:.0f}ms", True)))
+        return schema.upgrade(conn)
+
     async with _visited(url, transaction_pooling=transaction_pooling) as database:
-        return await database.write(_upgrade)
+        return await database.write(work)
 
 
 @asynccontextmanager
@@ -566,10 +580,3 @@ async def _visited(url: str, *, transaction_pooling: bool) -> AsyncGenerator[Pos
             yield database
     finally:
         await database.aclose()
-
-
-def _upgrade(conn: sa.Connection) -> bool:
-    conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
-    # Behind a change that waits for a table, all who want to read that table wait too.
-    conn.execute(sa.select(sa.func.set_config("lock_timeout", "5s", True)))
-    return schema.upgrade(conn)
