@@ -8,8 +8,8 @@ pause and use fewer of the starts (`oncewise.core.throttle`).
 A start is booked for whoever is next when it comes, not for whoever was next when it was booked: a request that leaves
 the queue costs its neighbours nothing.
 
-The pacer owns its queue and its permits; `_hand_out` is the only method that gives one and `_release` the only one that
-takes it back.
+The pacer owns its queue and its permits; `_hand_out` and, where nobody waits, `_take_at_once` are the only methods that
+give one and `_release` the only one that takes it back.
 
 Deliberately absent: wall-clock time, providers, and who shares a limit (a `StartLimiter` is passed in).
 """
@@ -49,11 +49,15 @@ class Gcra:
         self.slack_s = self.spacing_s * (max(1, min(burst, int(rate))) - 1)
         self._free_at_s = float("-inf")
 
+    def next_s(self, now_s: float) -> float:
+        """When the next start is, in the time of `now_s` and never before it."""
+        return max(now_s, self._free_at_s - self.slack_s)
+
     def reserve(self, now_s: float) -> float:
-        """Book the next start; return when it is, in the time of `now_s` and never before it."""
-        free_at_s = max(now_s, self._free_at_s)
-        self._free_at_s = free_at_s + self.spacing_s
-        return max(now_s, free_at_s - self.slack_s)
+        """Book the next start; return when it is."""
+        start_s = self.next_s(now_s)
+        self._free_at_s = max(now_s, self._free_at_s) + self.spacing_s
+        return start_s
 
     def give_back(self) -> None:
         """Undo the reservation made last."""
@@ -81,12 +85,28 @@ class LocalLimiter:
     async def reserve(self) -> float:
         """Book the next start; return the seconds until it."""
         now_s = self._clock_s()
-        start_s = self._gcra.reserve(now_s)
+        return self._book(now_s) - now_s
+
+    def take(self) -> bool:
+        """Book a start at this moment, if one is free."""
+        now_s = self._clock_s()
+        if self._next_s(now_s) > now_s:
+            return False
+        self._book(now_s)
+        return True
+
+    def _next_s(self, now_s: float) -> float:
+        start_s = self._gcra.next_s(now_s)
+        if self._latest and len(self._latest) == self._latest.maxlen:
+            return max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
+        return start_s
+
+    def _book(self, now_s: float) -> float:
+        start_s = self._next_s(now_s)
+        self._gcra.reserve(now_s)
         if self._latest.maxlen:
-            if len(self._latest) == self._latest.maxlen:
-                start_s = max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
             self._latest.append(start_s)
-        return start_s - now_s
+        return start_s
 
     async def give_back(self) -> None:
         """Return the reservation made last."""
@@ -175,6 +195,8 @@ class Pacer:
         on_pause: Callable[[float], None] | None = None,
     ) -> None:
         self._limiter = limiter
+        # Who shares a limit with others has to ask them, which takes time.
+        self._at_hand = limiter if isinstance(limiter, LocalLimiter) and slots is None else None
         self._slots = slots
         self._on_pause = on_pause
         self._concurrency = concurrency
@@ -206,6 +228,8 @@ class Pacer:
         return Place(self, tenant, group)
 
     async def _queue(self, place: Place) -> None:
+        if self._take_at_once():
+            return
         turn = self._line_up(place)
         timer = turn.get_loop().call_later(self._max_wait_s, self._give_up, place)
         try:
@@ -219,6 +243,19 @@ class Pacer:
     def _give_up(self, place: Place) -> None:
         left_s = self._not_before_s - asyncio.get_running_loop().time()
         self._end(place, QueueTimeout("No call to the provider could start in time.", retry_after_s=max(1.0, left_s)))
+
+    def _take_at_once(self) -> bool:
+        """Give a permit to somebody who comes when nobody waits and a start is free; False if it is not so.
+
+        Most calls start like this, and the queue would cost them three turns of the event loop.
+        """
+        if self._at_hand is None or self._closing or self._waiting or self._running >= self._concurrency:
+            return False
+        now_s = asyncio.get_running_loop().time()
+        if self._not_before_s > now_s or self._throttle.share(now_s) < 1.0 or not self._at_hand.take():
+            return False
+        self._running += 1
+        return True
 
     def _line_up(self, place: Place) -> asyncio.Future[None]:
         if self._closing:
