@@ -8,7 +8,7 @@ One contract suite per port lives in `tests/contract` and runs on every implemen
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from oncewise.errors import Failure
 from oncewise.model import (
@@ -32,6 +32,7 @@ from oncewise.model import (
 
 __all__ = [
     "Admission",
+    "AtHand",
     "CallRecord",
     "CallSlots",
     "Chunk",
@@ -39,6 +40,7 @@ __all__ = [
     "Clock",
     "Completion",
     "Coordination",
+    "CoordinationChanged",
     "Follow",
     "KeyStore",
     "Lead",
@@ -619,12 +621,38 @@ class CallSlots(Protocol):
         ...
 
 
+@runtime_checkable
+class AtHand(Protocol):
+    """What a `StartLimiter` or `CallSlots` may offer besides: an answer without waiting for anybody."""
+
+    def take_now(self) -> bool:
+        """Book a start for this moment, or take a slot, if one is free; False if not, or if others must be asked."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationChanged:
+    """What lies between the workers went away, or answers again; an event for listeners.
+
+    Attributes:
+        reason: Why it is away, in one word of the driver's or the server's; empty if it answers.
+    """
+
+    up: bool
+    reason: str = ""
+
+
 class Coordination(Protocol):
     """All that workers share beside the database, in one place. Owned and closed by the composition root."""
 
-    relay: Relay
-    signals: Signals
-    claims: Claims
+    @property
+    def relay(self) -> Relay: ...
+
+    @property
+    def signals(self) -> Signals: ...
+
+    @property
+    def claims(self) -> Claims: ...
 
     def limiter(self, provider: str, *, rate: float, burst: int) -> SharedLimiter:
         """The limiter of one provider; `rate` and `burst` as in `oncewise.core.pacing.Gcra`."""

@@ -10,7 +10,7 @@ its database need not ask it.
 
 from collections.abc import Callable, Sequence
 
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import Starts
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import CallSlots, SharedLimiter
 
@@ -27,7 +27,7 @@ class FallbackLimiter:
     """
 
     def __init__(
-        self, limiters: Callable[[], Sequence[SharedLimiter]], own: Gcra, clock_s: Callable[[], float]
+        self, limiters: Callable[[], Sequence[SharedLimiter]], own: Starts, clock_s: Callable[[], float]
     ) -> None:
         self._limiters = limiters
         self._own = own
@@ -51,6 +51,13 @@ class FallbackLimiter:
             return delay_s
         self._used = None
         return 0.0
+
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`: with nobody to ask, the own starts say it all."""
+        if self._limiters():
+            return False
+        self._used = None
+        return self._own.take(self._clock_s())
 
     async def give_back(self) -> None:
         """See `StartLimiter.give_back`."""
@@ -91,6 +98,13 @@ class FallbackSlots:
             self._taken.append(slots)
             return
         self._taken.append(None)
+
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`: with nobody to ask, slots are not counted."""
+        if self._slots():
+            return False
+        self._taken.append(None)
+        return True
 
     def give_back(self) -> None:
         """See `CallSlots.give_back`."""

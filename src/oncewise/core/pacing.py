@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 from oncewise.core.throttle import Throttle
 from oncewise.errors import Failure, InternalError, OncewiseError, QueueFull, QueueTimeout, ShuttingDown
-from oncewise.ports import CallSlots, StartLimiter
+from oncewise.ports import AtHand, CallSlots, StartLimiter
 
-__all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place"]
+__all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place", "Starts"]
 
 GUARD_SHARE = 0.03
 GUARD_MAX_S = 0.03
@@ -68,51 +68,67 @@ class Gcra:
         self._free_at_s = max(self._free_at_s, until_s + self.slack_s)
 
 
-class LocalLimiter:
-    """A `StartLimiter` for one process: `Gcra`, and no more starts in any second than the rate.
+class Starts:
+    """`Gcra`, and no more starts in any second than the rate.
 
     A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
     the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
     the guard between starts leaves room enough.
     """
 
-    def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
+    def __init__(self, rate: float, burst: int) -> None:
         self._gcra = Gcra(rate, burst)
-        self._clock_s = clock_s
         spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
         self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
 
-    async def reserve(self) -> float:
-        """Book the next start; return the seconds until it."""
-        now_s = self._clock_s()
-        return self._book(now_s) - now_s
-
-    def take(self) -> bool:
-        """Book a start at this moment, if one is free."""
-        now_s = self._clock_s()
-        if self._next_s(now_s) > now_s:
-            return False
-        self._book(now_s)
-        return True
-
-    def _next_s(self, now_s: float) -> float:
+    def next_s(self, now_s: float) -> float:
+        """When the next start is, in the time of `now_s` and never before it."""
         start_s = self._gcra.next_s(now_s)
         if self._latest and len(self._latest) == self._latest.maxlen:
             return max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
         return start_s
 
-    def _book(self, now_s: float) -> float:
-        start_s = self._next_s(now_s)
+    def reserve(self, now_s: float) -> float:
+        """Book the next start; return when it is."""
+        start_s = self.next_s(now_s)
         self._gcra.reserve(now_s)
         if self._latest.maxlen:
             self._latest.append(start_s)
         return start_s
 
-    async def give_back(self) -> None:
-        """Return the reservation made last."""
+    def take(self, now_s: float) -> bool:
+        """Book a start at `now_s`, if one is free."""
+        is_free = self.next_s(now_s) <= now_s
+        if is_free:
+            self.reserve(now_s)
+        return is_free
+
+    def give_back(self) -> None:
+        """Undo the reservation made last."""
         self._gcra.give_back()
         if self._latest:
             self._latest.pop()
+
+
+class LocalLimiter:
+    """A `StartLimiter` for one process."""
+
+    def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
+        self._starts = Starts(rate, burst)
+        self._clock_s = clock_s
+
+    async def reserve(self) -> float:
+        """Book the next start; return the seconds until it."""
+        now_s = self._clock_s()
+        return self._starts.reserve(now_s) - now_s
+
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`."""
+        return self._starts.take(self._clock_s())
+
+    async def give_back(self) -> None:
+        """Return the reservation made last."""
+        self._starts.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +211,9 @@ class Pacer:
         on_pause: Callable[[float], None] | None = None,
     ) -> None:
         self._limiter = limiter
-        # Who shares a limit with others has to ask them, which takes time.
-        self._at_hand = limiter if isinstance(limiter, LocalLimiter) and slots is None else None
+        # Who shares a limit with others has to ask them, which takes time; these can tell when it is not so.
+        self._limiter_at_hand: AtHand | None = limiter if isinstance(limiter, AtHand) else None
+        self._slots_at_hand: AtHand | None = slots if isinstance(slots, AtHand) else None
         self._slots = slots
         self._on_pause = on_pause
         self._concurrency = concurrency
@@ -249,10 +266,16 @@ class Pacer:
 
         Most calls start like this, and the queue would cost them three turns of the event loop.
         """
-        if self._at_hand is None or self._closing or self._waiting or self._running >= self._concurrency:
+        if self._closing or self._waiting or self._running >= self._concurrency or self._limiter_at_hand is None:
             return False
         now_s = asyncio.get_running_loop().time()
-        if self._not_before_s > now_s or self._throttle.share(now_s) < 1.0 or not self._at_hand.take():
+        if self._not_before_s > now_s or self._throttle.share(now_s) < 1.0:
+            return False
+        if self._slots is not None and (self._slots_at_hand is None or not self._slots_at_hand.take_now()):
+            return False
+        if not self._limiter_at_hand.take_now():
+            if self._slots is not None:
+                self._slots.give_back()
             return False
         self._running += 1
         return True

@@ -19,6 +19,7 @@ from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
 from oncewise.model import RequestRecord
+from oncewise.ports import CoordinationChanged
 from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Prometheus"]
@@ -110,6 +111,7 @@ class Prometheus:
         self._opened = Counter(
             "oncewise_breaker_opened", "Times that a breaker opened.", ["provider"], registry=registry
         )
+        self._away = Counter("oncewise_coordination_lost", "Times that Redis stopped answering.", registry=registry)
         latency = Histogram(
             "oncewise_request_duration_seconds",
             "From a request's arrival to its answer.",
@@ -144,6 +146,8 @@ class Prometheus:
             self._width.observe(event.joined + 1)
         elif isinstance(event, BreakerChanged) and event.state is BreakerState.OPEN:
             self._opened.labels(event.provider).inc()
+        elif isinstance(event, CoordinationChanged) and not event.up:
+            self._away.inc()
 
     def _count(self, record: RequestRecord) -> None:
         self._requests(record.surface, record.error_code or "ok").inc()

@@ -790,17 +790,45 @@ async def test_a_limit_that_others_share_is_always_asked() -> None:
 @virtual_time
 async def test_a_number_of_calls_that_others_share_is_always_asked() -> None:
     """They may run as many as there may be."""
-
-    class Slots:
-        held = 0
-
-        async def take(self) -> None:
-            self.held += 1
-
-        def give_back(self) -> None:
-            self.held -= 1
-
     slots = Slots()
     async with pacer(slots=slots).permit("acme"):
-        assert slots.held == 1
+        assert (slots.held, slots.asked) == (1, 1)
+    assert slots.held == 0
+
+
+class Slots:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.asked = 0
+
+    async def take(self) -> None:
+        self.asked += 1
+        self.held += 1
+
+    def give_back(self) -> None:
+        self.held -= 1
+
+
+class SlotsAtHand(Slots):
+    """Counts, and knows that nobody else does."""
+
+    def take_now(self) -> bool:
+        self.held += 1
+        return True
+
+
+@virtual_time
+async def test_a_slot_at_hand_is_given_back_where_no_start_is_free() -> None:
+    """The second call has one when its start comes, and not before."""
+    slots = SlotsAtHand()
+    line = pacer(slots=slots)
+    calls = Calls(line, lasts_s=10.0)
+    tasks = calls.begin("a", "b")
+    await turns(1)
+    assert (slots.held, slots.asked) == (1, 0)
+    await asyncio.sleep(5.0)
+    assert (slots.held, slots.asked) == (2, 1)
+    await asyncio.gather(*tasks)
     assert slots.held == 0
