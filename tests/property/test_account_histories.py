@@ -135,7 +135,7 @@ class History:
         if self.requests:
             run = self.requests[n % len(self.requests)][0].run
             if ("acme", run.call_id) in self.desk._runs:
-                self.desk.cancel("acme", run.call_id)
+                self.desk._stop(run)
 
     async def end(self) -> None:
         """Let everything come to its end, and look at the rows."""
