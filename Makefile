@@ -66,7 +66,7 @@ lint: setup ## style, types, and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup ## every benchmark over HTTP, then the page of figures; twenty minutes
+bench: setup ## every benchmark, then the page of figures; twenty minutes
 	@$(BIN)/python -m bench.run
 
 simulate: setup ## fifty thousand histories of a fleet under faults, in virtual time; a few minutes
@@ -75,6 +75,8 @@ simulate: setup ## fifty thousand histories of a fleet under faults, in virtual 
 lock: ## resolve the dependencies anew
 	@$(UV) pip compile pyproject.toml --extra local --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
 	  --no-emit-index-url --no-header --output-file requirements.lock
+	@$(UV) pip compile pyproject.toml --extra local --universal --python-version 3.11 --generate-hashes \
+	  --constraint requirements.lock --no-annotate --no-emit-index-url --no-header --output-file deploy/requirements.lock
 	@$(UV) pip compile tests/langchain/requirements.in --universal --python-version 3.11 --generate-hashes --upgrade \
 	  --no-emit-index-url --no-header --output-file tests/langchain/requirements.lock
 

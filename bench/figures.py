@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench.record import NOISE_PCT, RESULTS, Run, spread
 
@@ -15,13 +15,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "figures.md"
 
 HEAD = f"""# Figures
 
-Measured by the programs in `bench/http`, on the machine named below each heading. Ratios travel from one machine to
+Measured by the programs in `bench`, on the machine named below each heading. Ratios travel from one machine to
 another; absolute times do not. A cell is the median of the runs that count and, in brackets, their range.
 
-The server has the first core; the load, written on epoll, and the fake provider share the last one. *Noise* is what
-other programs took of all cores during the runs that count. A run with more than {NOISE_PCT:.0f} % is taken again
-and the calmest are kept; where the column shows more than that, the machine was not calm: read those rows as upper
-limits.
+Over HTTP the server has the first core; the load, written on epoll, and the fake provider share the last one. *Noise*
+is what other programs took of all cores during the runs that count. A run with more than {NOISE_PCT:.0f} % is taken
+again and the calmest are kept; where the column shows more than that, the machine was not calm: read those rows as
+upper limits. The core alone is measured in CPU time of its own process.
 
 `bare` is a server that only copies the provider's bytes to every socket and keeps none of the promises: the floor for
 Python on that machine. `rival` is a plain server on sse-starlette with one queue per viewer.
@@ -110,7 +110,22 @@ def page() -> str:
         file = RESULTS / f"{name}.json"
         if file.exists():
             parts += _sections(json.loads(file.read_text()), sections)
+    for name, core in CORE.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            parts.append(_core(json.loads(file.read_text()), core))
     return "\n".join(parts)
+
+
+def _core(document: dict[str, Any], core: "Core") -> str:
+    source = f"`{document['command']}` at {document['commit']}, {document['date']}; {document['python']}."
+    lines = [_row(core.columns.values()), "|" + "---|" * len(core.columns)]
+    lines += [_row(_core_cell(row[name]) for name in core.columns) for row in document["rows"]]
+    return "\n".join([f"## {core.title}\n", core.text, "", source, "", *lines, ""])
+
+
+def _core_cell(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _sections(document: dict[str, Any], sections: Sequence["Section"]) -> Iterable[str]:
@@ -160,6 +175,46 @@ class Section:
         self.what = what
         self.first = first
         self.columns = columns
+
+
+class Core(NamedTuple):
+    """One table of a program that measures the core alone.
+
+    Attributes:
+        columns: Names in a row, and their headings.
+    """
+
+    title: str
+    text: str
+    columns: dict[str, str]
+
+
+CORE = {
+    "core-coalescer": Core(
+        "The coalescer alone",
+        "Tasks that ask for the same running work, from the first one made to the last one answered. The bare\n"
+        "`asyncio.Event` is the floor: it has no table, key, limit, role, deadline or error.",
+        {
+            "contender": "contender",
+            "joins_per_s": "joins per CPU s",
+            "of_bare_event": "of the bare event",
+            "bytes_per_waiter": "bytes a waiter",
+        },
+    ),
+    "core-hub": Core(
+        "The stream hub alone",
+        "One event from its publication until every viewer has taken it, one by one (live) and in bursts of eight;\n"
+        "and what is held for viewers who have read nothing.",
+        {
+            "viewers": "viewers",
+            "structure": "structure",
+            "live_us_per_event": "live, CPU µs",
+            "burst_us_per_event": "bursts, CPU µs",
+            "stalled_kib": "KiB unread",
+        },
+    ),
+}
+"""By the file of the results."""
 
 
 PAGES = {

@@ -1,21 +1,53 @@
-"""Every benchmark over HTTP, one after the other, then the page of figures: `python -m bench.run`.
+"""Every benchmark, one after the other, then the page of figures: `python -m bench.run`.
 
 Takes about twenty minutes on two cores of which nothing else needs either. `--quick` only shows that everything
 runs; its figures are thrown away.
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 from bench import figures
 from bench.http import burst, fanout, memory, passthrough, slow
+from bench.record import RESULTS
 
-PROGRAMS = {
+ROOT = Path(__file__).parents[1]
+
+
+def core(name: str) -> Callable[[list[str]], None]:
+    """A program that measures the core alone; it takes the results' directory as the others do."""
+
+    def run(arguments: list[str]) -> None:
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--results", type=Path, default=RESULTS)
+        parser.add_argument("--times")
+        parser.add_argument("--extra")
+        options, rest = parser.parse_known_args(arguments)
+        out = options.results / f"core-{name}.json"
+        command = [
+            f"bench/core/{name}.py",
+            *rest,
+            "--out",
+            str(out.relative_to(ROOT) if out.is_relative_to(ROOT) else out),
+        ]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        print(out)
+
+    return run
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "burst": burst.main,
     "memory": memory.main,
     "fanout": fanout.main,
     "slow": slow.main,
     "passthrough": passthrough.main,
+    "coalescer": core("coalescer"),
+    "hub": core("hub"),
 }
 QUICK = {
     "burst": ["--requests", "20", "--provider-ms", "50"],
@@ -25,6 +57,8 @@ QUICK = {
     "slow": ["--readers", "2", "--silent", "2", "--deltas", "30"],
     # Without the peers, which are installed when they are first asked for.
     "passthrough": ["--connections", "4", "--seconds", "0.2", "--deltas", "3", "--servers", "direct", "oncewise"],
+    "coalescer": ["--waiters", "50", "--rounds", "2"],
+    "hub": ["--deltas", "20", "--rounds", "1"],
 }
 
 

@@ -8,6 +8,7 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 
 import asyncio
 import hmac
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from oncewise.coordination.fallback import FallbackLimiter, FallbackSlots
 from oncewise.core.breaker import Breakers, BreakerStats
 from oncewise.core.coalesce import Coalescer
 from oncewise.core.errands import Errands
-from oncewise.core.pacing import Gcra, Pacer, PacerStats
+from oncewise.core.pacing import Pacer, PacerStats, Starts
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
 from oncewise.errors import CoordinationUnavailable, OncewiseError
@@ -31,6 +32,7 @@ from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
+from oncewise.providers.native import NativeProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.providers.prices import PublicPrices
 from oncewise.service.accounts import Accounts, Prices
@@ -57,7 +59,7 @@ from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
 from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["DEGRADED", "Lanes", "Services", "open_services"]
+__all__ = ["DEGRADED", "Lanes", "Services", "connect", "open_services"]
 
 DEGRADED = "degraded"
 """State of something that requests are served without, if need be."""
@@ -407,11 +409,15 @@ class _Limits:
             slots.insert(0, self._coordination.slots(name, limit=concurrency))
         # Alone on the database, nobody has to be asked there.
         limiter = FallbackLimiter(
-            lambda: limiters[:-1] if self.alone else limiters, Gcra(rate, burst), asyncio.get_running_loop().time
+            lambda: limiters[:-1] if self.alone else limiters, Starts(rate, burst), asyncio.get_running_loop().time
         )
+        # Nobody waits whose start could not come in time: it is better told at once.
+        places = min(QUEUE_PLACES, math.ceil(rate * QUEUE_S))
         self._pacers[name] = pacer = Pacer(
             limiter,
             concurrency=concurrency,
+            max_waiting=places,
+            max_wait_s=QUEUE_S,
             slots=FallbackSlots(lambda: slots[:-1] if self.alone else slots),
             on_pause=partial(self._pause, name, limiter),
         )
@@ -430,6 +436,8 @@ class _Limits:
 
 # -- providers ---------------------------------------------------------------------------------------------------
 
+QUEUE_S = 60.0
+QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
@@ -443,7 +451,7 @@ def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener, limits: 
     for configured in settings.providers.values():
         name, rate, burst = configured.name, configured.rps, configured.burst
         pacer = limits.pacer(name, rate=rate, burst=burst, concurrency=configured.concurrency)
-        lanes[name] = _lane(_connect(configured), pacer, opening, tell, model=configured.default_model)
+        lanes[name] = _lane(connect(configured), pacer, opening, tell, model=configured.default_model)
     return Lanes(lanes)
 
 
@@ -457,7 +465,8 @@ def _names(settings: Settings, lanes: Lanes) -> ModelNames:
     )
 
 
-def _connect(configured: ProviderSettings) -> Provider:
+def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativeProvider:
+    """The adapter of a configured provider; close it with `aclose`. Connects at the first call."""
     entry = configured.entry
     wire = entry.wire if entry else Wire.OPENAI
     name, base_url, concurrency = configured.name, configured.base_url, configured.concurrency

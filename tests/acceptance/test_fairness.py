@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,28 @@ MODEL = f"n2-rps{RPS}"
 @pytest.fixture
 async def fake() -> AsyncIterator[FakeProvider]:
     async with FakeProvider() as server:
+        server.second_s = 0.95  # calls of a busy machine arrive up to 80 ms apart from their starts
         yield server
 
 
-@pytest.fixture
-async def site(tmp_path: Path, fake: FakeProvider) -> AsyncIterator[Site]:
+@asynccontextmanager
+async def serving(folder: Path, fake: FakeProvider, rps: float) -> AsyncIterator[Site]:
     environ = {
         "OPENAI_API_KEY": "sk-upstream",
         "OPENAI_BASE_URL": fake.base_url,
-        "OPENAI_RPS": str(RPS),
+        "OPENAI_RPS": str(rps),
         "OPENAI_BURST": str(BURST),
         "OPENAI_CONCURRENCY": "60",
     }
     settings = load_settings({}, environ=environ).settings
     chosen = {"providers": settings.providers, "default_provider": "openai"}
-    async with serve(tmp_path, limits=Limits(hold_s=0.05), **chosen) as running:
+    async with serve(folder, limits=Limits(hold_s=0.05), **chosen) as running:
+        yield running
+
+
+@pytest.fixture
+async def site(tmp_path: Path, fake: FakeProvider) -> AsyncIterator[Site]:
+    async with serving(tmp_path, fake, RPS) as running:
         yield running
 
 
@@ -186,6 +194,36 @@ async def test_a_full_queue_refuses_at_once(site: Site, fake: FakeProvider) -> N
     for reply in await asyncio.gather(held[0], modest):
         assert (reply.status, reply.json()["error"]["code"]) == (504, "queue_timeout")
     assert fake.count == 1
+
+
+async def test_nobody_waits_in_vain(tmp_path: Path, fake: FakeProvider) -> None:
+    """At 1 call in 20 s three starts come within a minute: the fourth in line is told at once when to come again."""
+    async with serving(tmp_path, fake, 0.05) as site:
+        assert (await complete(site, "ann", 0)).status == 200
+        held = [asyncio.create_task(complete(site, "ann", number)) for number in (1, 2, 3)]
+        await waiting(site, 3)
+        reply = await complete(site, "ann", 4)
+        assert (reply.status, reply.json()["error"]["code"]) == (429, "queue_full")
+        assert reply.headers["retry-after"] == "20"
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+    assert fake.count == 1
+
+
+async def test_retries_keep_to_the_rate_and_to_their_budget(site: Site, fake: FakeProvider) -> None:
+    """A third of the calls fails: no second has more than the rate, and no more than a tenth are tried again."""
+    asks = [
+        site.ask("POST", "/v1/chat/completions", chat(f"openai/n2-err500-p30-rps{RPS}", f"q{number}"), (JSON,))
+        for number in range(60)
+    ]
+    replies = await asyncio.gather(*asks)
+    assert fake.max_in_second <= RPS
+    assert fake.outcomes["e429"] == 0
+    assert 60 < fake.count <= 60 + 6 + 1
+    statuses = Counter(reply.status for reply in replies)
+    assert statuses[200] + statuses[502] == 60
+    assert fake.count == 60 + fake.outcomes["e500"] - statuses[502]
 
 
 async def test_a_provider_that_allows_less_than_was_configured(site: Site, fake: FakeProvider) -> None:

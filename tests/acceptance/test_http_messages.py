@@ -142,6 +142,19 @@ async def test_a_failed_turn_is_a_problem_that_says_which_turn(site, failure, st
     assert reply.json()["retryable"] is failure.retryable
 
 
+async def test_a_provider_that_cancels_itself_is_a_bad_gateway_to_everyone(held):
+    """C13: three times 502, and the server goes on."""
+    thread = await held.thread()
+    held.provider.failures = [(0, asyncio.CancelledError())]
+    asked = [asyncio.create_task(held.say(thread)) for _ in range(3)]
+    await until(lambda: held.services.turns.flights.stats().waiters == 3)
+    held.provider.go.set()
+    replies = await asyncio.gather(*asked)
+
+    assert {(reply.status, reply.code) for reply in replies} == {(502, "upstream_cancelled")}
+    assert (await held.say(thread)).status == 200
+
+
 async def test_a_client_that_leaves_gives_up_its_interest_at_once(held):
     """The turn goes on for the others."""
     thread = await held.thread()

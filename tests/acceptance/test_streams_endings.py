@@ -58,7 +58,7 @@ async def cancel_request(site, request_id):
     [
         ("n9-gap15-cut3", "provider_protocol"),
         ("n3-gap15-nofinish", "provider_protocol"),
-        ("n3-gap15-errinstream", "provider_error"),
+        ("n3-gap15-errinstream-u2028", "provider_error"),
     ],
 )
 async def test_a_failure_after_text_keeps_the_text_out_of_the_next_prompt(site, fake, model, code):
@@ -237,7 +237,7 @@ async def test_requests_are_withdrawn_one_by_one_and_the_last_stops_the_call(sit
     assert again == ["cancelled"] * 3
     for watch in (one, two):
         assert (terminal(watch.events).id, terminal(watch.events).data["state"]) == (None, "cancelled")
-    assert (refused.status, refused.code) == (409, "turn_cancelled")
+    assert (refused.status, refused.code, refused.json()["retryable"]) == (409, "turn_cancelled", False)
     assert call.closed_by_client
     assert call.ended_s - asked_s < 1.0
     await until(lambda: not site.services.turns._runs)

@@ -110,7 +110,7 @@ PIECES = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=PIECES, cuts=st.lists(st.integers(0, 700), max_size=5))
 async def test_any_stream_may_be_cut_anywhere_and_resumed(piecewise, pieces, cuts):
-    """The text put together over the cuts is the stored one; each id is followed by exactly the rest; one call."""
+    """C30: the text put together over the cuts is the stored one; each id is followed by exactly the rest."""
     piecewise.provider.pieces, before = pieces, len(piecewise.provider.calls)
     whole = "".join(text for text, _ in pieces)
     thread = await piecewise.thread()

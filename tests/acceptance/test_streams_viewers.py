@@ -187,7 +187,7 @@ async def delays_ms(server, thread, said, viewers):
 
 @pytest.mark.slow
 async def test_two_hundred_clients_that_never_read_cost_the_others_nothing(tmp_path):
-    """At most 40 MiB in all, and a fifth of the others' delay; after ten seconds they are gone, and may resume."""
+    """C31: at most 40 MiB, and a fifth of the others' delay; after ten seconds they are gone, and may resume."""
     async with FakeProvider() as fake, serve_process(tmp_path, fake.base_url) as server:
         measured = []
         # The best of three: on a shared machine one may be anything.

@@ -8,6 +8,7 @@ import sqlite3
 
 import pytest
 
+from oncewise.api.limits import Limits
 from tests.support.fake_provider import FakeProvider
 from tests.support.http import JSON, ORG, parse_reply, read_events, serve
 from tests.support.scripted import ScriptedProvider
@@ -126,26 +127,45 @@ async def test_an_emoji_cut_in_two_between_deltas_is_whole_everywhere(fake, tmp_
 
 
 class HeldLedger:
-    """The real ledger, whose commits wait for `go`."""
+    """The real ledger, of which one method waits for `go`."""
 
-    def __init__(self, ledger):
+    def __init__(self, ledger, method):
         self._ledger = ledger
+        self._method = method
         self.go = asyncio.Event()
-        self.commits = 0
-
-    async def commit(self, claim, answer):
-        self.commits += 1
-        await self.go.wait()
-        return await self._ledger.commit(claim, answer)
+        self.calls = 0
 
     def __getattr__(self, name):
-        return getattr(self._ledger, name)
+        method = getattr(self._ledger, name)
+
+        async def held(*args, **kwargs):
+            self.calls += 1
+            await self.go.wait()
+            return await method(*args, **kwargs)
+
+        return held if name == self._method else method
+
+
+async def test_text_is_shown_after_the_turn_is_marked_visible(tmp_path):
+    """Else a turn that was shown could be called for again, and its text be replaced."""
+    async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
+        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "mark_visible")
+        async with watching(site, stream_of(await site.thread()), {"content": "Hello"}) as watch:
+            await until(lambda: ledger.calls)
+            first = asyncio.create_task(watch.until("delta"))
+            shown, _ = await asyncio.wait([first], timeout=0.3)
+            ledger.go.set()
+            await first
+            await watch.rest()
+
+    assert shown == set()
+    assert (watch.text, ledger.calls) == ("ab", 1)
 
 
 async def test_done_comes_after_the_commit(tmp_path):
     """Nobody is told before, in a stream or as JSON; who has `done` finds the pair from another connection."""
     async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
-        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger)
+        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "commit")
         thread = await site.thread()
         said = {"content": "Hello"}
         async with (
@@ -154,7 +174,7 @@ async def test_done_comes_after_the_commit(tmp_path):
             watching(site, f"/api/threads/{thread}/stream") as viewer,
         ):
             asked = asyncio.create_task(site.say(thread))
-            await until(lambda: ledger.commits)
+            await until(lambda: ledger.calls)
             ends = [asyncio.create_task(watch.until("done")) for watch in (first, second, viewer)]
             told, _ = await asyncio.wait([asked, *ends], timeout=0.3)
             before = messages_in(tmp_path / "ow.db")
@@ -191,6 +211,32 @@ async def test_a_late_viewer_gets_one_frame_of_what_it_missed_then_each_delta(tm
     assert terminal(late.events).id == terminal(first.events).id == "1-51"
 
 
+async def test_ten_who_come_at_different_moments_end_with_the_same(fake, tmp_path):
+    """Whoever asks, watches or resumes, whenever; one call, and the text is the stored one."""
+    async with serve_openai(tmp_path, fake, "n60-gap15-u2028") as site:
+        thread = await site.thread()
+
+        async def watch(number, turn=None):
+            await asyncio.sleep(0.09 * number)
+            paths = [stream_of(thread), f"/api/threads/{thread}/stream", f"/api/threads/{thread}/turns/{turn}/stream"]
+            body = {"content": "Hello"} if number % 3 == 0 else None
+            async with watching(site, paths[number % 3], body) as stream:
+                await stream.rest()
+            return stream
+
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as first:
+            others = await asyncio.gather(*(watch(number, first.turn_id) for number in range(1, 10)))
+            await first.rest()
+        stored = await site.messages(thread)
+
+    for other in others:
+        assert (other.turn_id, other.text) == (first.turn_id, first.text)
+        assert terminal(other.events) == terminal(first.events)
+    assert stored[1] == ("assistant", first.text)
+    assert len({names(other.events).count("delta") for other in others}) > 3
+    assert fake.count == 1
+
+
 async def test_the_demo_says_so_in_every_meta(tmp_path):
     """Live, joined, resumed from the log and from the row; a real provider's stream does not carry the word."""
     async with serve(tmp_path, demo=True, demo_latency_ms=300, demo_rps=1000, log_retention_s=0.3) as site:
@@ -217,6 +263,29 @@ async def test_the_demo_says_so_in_every_meta(tmp_path):
         assert watch.text == live.text
     assert replayed.events[1].data["role"] == "replayed"
     assert "demo" not in other.events[1].data
+
+
+async def test_a_stream_that_waits_in_a_queue_is_never_silent_for_long(tmp_path):
+    """Behind a proxy that cuts silent connections it lives to its end; so does a viewer of the queued turn."""
+    provider = ScriptedProvider(held=True)
+    async with serve(tmp_path, provider, limits=Limits(hold_s=0.1, ping_s=0.1)) as site:
+        thread = await site.thread()
+        asked = asyncio.create_task(site.say(thread, "First"))
+        await provider.started.wait()
+        async with (
+            watching(site, stream_of(thread), {"content": "Waits"}) as caller,
+            watching(site, f"/api/threads/{thread}/turns/{caller.turn_id}/stream") as viewer,
+        ):
+            for watch in (caller, viewer) * 8:
+                async with asyncio.timeout(1.0):
+                    await watch.until("ping")
+            provider.go.set()
+            await asyncio.gather(caller.rest(), viewer.rest())
+        await asked
+
+    for watch in (caller, viewer):
+        assert names(watch.events)[:3] == ["ping", "meta", "ping"]
+        assert terminal(watch.events).data["state"] == "completed"
 
 
 async def test_a_request_that_comes_too_early_waits_for_the_end_of_the_stream(tmp_path):

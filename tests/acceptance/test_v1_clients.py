@@ -369,11 +369,12 @@ def all_that_wait(v1: V1, model: str, idle_s: int) -> list[Any]:
 
 
 async def test_keep_alives_outlast_a_clients_patience(tmp_path: Path) -> None:
-    """Six seconds of silence from the provider, and clients that hang up after two without a byte."""
+    """Five seconds of silence from the provider, and clients that hang up after two without a byte."""
     async with serve_v1(tmp_path, limits=Limits(ping_s=0.2, hold_s=0.2)) as v1:
-        seen = await asyncio.gather(*all_that_wait(v1, "openai/lat6000-n3", 2))
-        texts = {text for answer in seen for text in answer.values()}
-        assert (len(texts), v1.provider.count) == (1, 1)
+        seen = await asyncio.gather(*all_that_wait(v1, "openai/lat5000-n3", 2))
+    texts = [text for answer in seen for text in answer.values()]
+    assert len(texts) >= 4
+    assert {text.count("@") for text in texts} == {6}
 
 
 async def test_without_keep_alives_patience_ends(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "slow", "passthrough"])
+@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "slow", "passthrough", "coalescer", "hub"])
 def test_program_measures_and_records(program: str) -> None:
     """Each program starts its servers, measures, checks what came back and writes its results."""
     done = subprocess.run(
@@ -21,7 +21,7 @@ def test_program_measures_and_records(program: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert f"http-{program}.json" in done.stdout
+    assert f"{program}.json" in done.stdout
 
 
 def test_recorded_figures_make_the_page() -> None:

@@ -1,4 +1,8 @@
-"""Turns on a real ledger: cases C01 to C33 of the study of coalescers, as far as one process shows them."""
+"""Turns on a real ledger: cases C01 to C33 of the study of coalescers, as far as one process shows them.
+
+C16, that nothing is left behind, is `Desk.settled`, which most of them end with. C15, C18 and C19 are the coalescer's
+own (`tests/unit/core/test_coalesce.py`); C30 and C31 are seen best from outside (`tests/acceptance/test_streams_*`).
+"""
 
 import asyncio
 import json
@@ -11,6 +15,7 @@ import pytest
 from oncewise.errors import (
     HeadMoved,
     IdempotencyMismatch,
+    LeaderLost,
     NotFound,
     OncewiseError,
     ProviderError,
@@ -36,8 +41,12 @@ from oncewise.model import (
     TurnState,
     Usage,
 )
+from oncewise.providers.call import Timers
+from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.service.turns import TurnRun
 from oncewise.storage.threads import SqlThreadStore
+from tests.support.fake_provider import FakeProvider
+from tests.support.ledgers import DisturbedLedger
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
 
@@ -293,28 +302,12 @@ async def test_a_newcomer_never_gets_the_end_of_an_abandoned_turn(held):
     await held.settled()
 
 
-class SlowEnd:
-    """The real ledger, in which a turn takes its time to end without an answer."""
-
-    def __init__(self, ledger: Any) -> None:
-        self._ledger = ledger
-        self.ending = asyncio.Event()
-        self.go = asyncio.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ledger, name)
-
-    async def end(self, *args: Any, **kwargs: Any) -> Any:
-        self.ending.set()
-        await self.go.wait()
-        return await self._ledger.end(*args, **kwargs)
-
-
 @pytest.mark.parametrize("by", ["leaving", "cancel"])
 async def test_a_message_that_comes_while_its_twin_is_being_ended_gets_a_turn_of_its_own(tmp_path, by):
     """C12: however long that takes. The ledger names the twin still, and nobody can join it any more."""
-    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=SlowEnd) as desk:
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
+        end = desk.ledger.hold_before("end")
         first = asyncio.create_task(desk.outcome(thread, on_disconnect=OnDisconnect.CANCEL))
         await desk.provider.started.wait()
         turn = await desk.threads.active(thread.org_id, thread.id)
@@ -323,15 +316,16 @@ async def test_a_message_that_comes_while_its_twin_is_being_ended_gets_a_turn_of
             cancel = None
         else:
             cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
-        await desk.ledger.ending.wait()
+        await end.reached.wait()
         newcomer = asyncio.create_task(desk.told(thread))
         await asyncio.sleep(0.02)
-        desk.ledger.go.set()
+        end.open.set()
         desk.provider.go.set()
 
         result, role = await newcomer
         assert (result.stored.assistant_message.content, role) == ("pong", "leader")
         assert result.stored.id != turn.id
+        assert desk.ledger.calls["admit"] == 3, "it waits for the end instead of asking again and again"
         if cancel is not None:
             assert (await cancel).state is TurnState.CANCELLED
         await desk.settled()
@@ -342,10 +336,31 @@ async def test_a_provider_that_cancels_itself_cancels_no_caller(desk):
     thread = await desk.thread()
     desk.provider.failures = [(0, asyncio.CancelledError())]
 
-    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(3)))
+    callers = [asyncio.create_task(desk.outcome(thread)) for _ in range(3)]
+    errors = await asyncio.gather(*callers)
 
     assert {error.code for error in errors} == {"upstream_cancelled"}
+    assert not any(caller.cancelling() for caller in callers)
     await desk.settled()
+
+
+async def test_a_provider_that_says_nothing_is_given_up(tmp_path):
+    """C14: every caller is told so in time, nothing is left, and the next request starts anew."""
+    async with FakeProvider() as fake:
+        timers = Timers(first_token_s=0.2)
+        provider = OpenAICompatibleProvider.connect("scripted", fake.base_url, None, concurrency=5, timers=timers)
+        async with open_desk(tmp_path / "ow.db", provider) as desk:
+            thread = await desk.thread()
+
+            async with asyncio.timeout(5):
+                errors = await asyncio.gather(*(desk.outcome(thread, model="hang") for _ in range(5)))
+
+            assert {error.code for error in errors} == {"provider_timeout"}
+            assert fake.count <= 3
+            await desk.settled()
+            assert await desk.messages(thread) == []
+            assert (await desk.post(thread, model="n3")).stored.state is TurnState.COMPLETED
+        await provider.aclose()
 
 
 async def test_callers_cannot_change_what_others_get(desk):
@@ -403,11 +418,14 @@ async def test_different_messages_take_turns(desk):
     """C23: roles alternate, and each prompt holds the turns before it."""
     thread = await desk.thread()
     desk.provider.gap_s = 0.005
+    began_s = asyncio.get_running_loop().time()
 
-    await asyncio.gather(*(desk.post(thread, f"m{number}") for number in range(5)))
+    await asyncio.gather(*(desk.post(thread, f"m{number}") for number in range(10)))
 
+    # Half a second each if they were to look for their turn instead of being woken.
+    assert asyncio.get_running_loop().time() - began_s < 4.0
     stored = await desk.messages(thread)
-    assert [role for role, _ in stored] == ["user", "assistant"] * 5
+    assert [role for role, _ in stored] == ["user", "assistant"] * 10
     assert desk.provider.max_running == 1
     for number, call in enumerate(desk.provider.calls):
         assert [message.content for message in call.messages] == [text for _, text in stored[: 2 * number + 1]]
@@ -479,6 +497,104 @@ async def test_a_keyless_request_joins_a_twin_that_runs_under_a_key(held):
     assert {(result.stored.id, role) for result, role in others} == {(first.stored.id, "follower")}
     assert len(held.provider.calls) == 1
     await held.settled()
+
+
+async def test_whoever_streams_a_turn_that_another_leads_sees_that_ones_text(held):
+    """A keyless stream of a turn under a key: two flights, one log."""
+    thread = await held.thread()
+    keyed = asyncio.create_task(held.told(thread, idempotency_key="K"))
+    await held.provider.started.wait()
+
+    with held.turns.send(held.ask(thread), "stream") as ticket:
+        admitted = await ticket.admitted()
+        log = await ticket.watch()
+        held.provider.go.set()
+        seen = b"".join([chunk async for chunk in log.view()])
+
+    result, _ = await keyed
+    assert (seen, admitted.turn_id) == (b"pong", result.stored.id)
+    await held.settled()
+
+
+async def test_the_last_of_two_flights_to_lose_interest_stops_the_call(held):
+    """Withdrawn by their ids: the leading request first, then the one that follows through a flight of its own."""
+    thread = await held.thread()
+
+    async def caller(name: str, **fields: Any) -> Any:
+        with held.turns.send(held.ask(thread, **fields), name) as ticket:
+            return await ticket.result()
+
+    keyed = asyncio.create_task(caller("keyed", idempotency_key="K"))
+    await held.provider.started.wait()
+    keyless = asyncio.create_task(caller("keyless"))
+    await asyncio.sleep(0.02)
+    await held.turns.cancel_request("org_a", "keyed")
+    await asyncio.sleep(0.02)
+    assert held.provider.running == 1
+    await held.turns.cancel_request("org_a", "keyless")
+    async with asyncio.timeout(1):
+        while held.provider.running:
+            await asyncio.sleep(0.005)
+
+    for task in (keyed, keyless):
+        with pytest.raises(TurnCancelled):
+            await task
+    await held.settled()
+    assert await held.messages(thread) == []
+
+
+async def test_a_key_in_use_by_another_message_is_refused_at_once(held):
+    """C25, while the first still runs: it is not joined."""
+    thread = await held.thread()
+    first = asyncio.create_task(held.post(thread, idempotency_key="K"))
+    await held.provider.started.wait()
+    with pytest.raises(IdempotencyMismatch):
+        await held.post(thread, "Something else", idempotency_key="K")
+    held.provider.go.set()
+
+    assert (await first).stored.user_message.content == "Hello"
+    assert len(held.provider.calls) == 1
+
+
+async def test_two_messages_after_the_same_parent_are_two_turns(desk):
+    """Rule 2, at once: neither is given the other's answer."""
+    thread = await desk.thread()
+    parent = (await desk.post(thread, "one")).stored.assistant_message.id
+
+    both = await asyncio.gather(*(desk.post(thread, text, parent_message_id=parent) for text in ("two", "three")))
+
+    assert [result.stored.user_message.content for result in both] == ["two", "three"]
+    assert len(await desk.messages(thread)) == 6
+
+
+async def test_requests_for_new_turns_share_nothing_though_they_are_one_object(desk):
+    """C28: identical requests come with the same ask, which is made once for all of them."""
+    thread = await desk.thread()
+    ask = desk.ask(thread, force_new=True)
+
+    async def caller(name: str) -> Any:
+        with desk.turns.send(ask, name) as ticket:
+            return await ticket.result()
+
+    results = await asyncio.gather(*(caller(f"r{number}") for number in range(3)))
+
+    assert len({result.stored.id for result in results}) == 3
+
+
+async def test_a_message_waits_for_its_place_only_so_long(tmp_path):
+    """Then it is told so, and made no call; the turn before it is not disturbed."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), queue_wait_s=0.8) as desk:
+        thread = await desk.thread()
+        first = asyncio.create_task(desk.post(thread, "one"))
+        await desk.provider.started.wait()
+
+        error = await desk.outcome(thread, "two")
+
+        assert error.code == "queue_timeout"
+        desk.provider.go.set()
+        assert (await first).stored.state is TurnState.COMPLETED
+        assert len(desk.provider.calls) == 1
+        await desk.settled()
 
 
 async def test_a_parent_that_is_not_the_last_message_is_refused(desk):
@@ -581,6 +697,8 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
 
     callers = [asyncio.create_task(caller(f"c{number}")) for number in range(3)]
     await held.provider.started.wait()
+    with pytest.raises(NotFound):
+        await held.turns.cancel_request("org_b", "c1")
     await held.turns.cancel_request("org_a", "c0")
     with pytest.raises(TurnCancelled):
         await callers[0]
@@ -634,72 +752,37 @@ async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
     assert after.stored.state is TurnState.COMPLETED
 
 
-class LateReads:
-    """The real ledger, whose reads of one turn arrive when the test says so."""
-
-    def __init__(self, ledger: Any) -> None:
-        self._ledger = ledger
-        self.held = False
-        self.read = asyncio.Event()
-        self.go = asyncio.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ledger, name)
-
-    async def turn(self, org_id: str, thread_id: str, turn_id: str) -> Any:
-        turn = await self._ledger.turn(org_id, thread_id, turn_id)
-        if self.held:
-            self.read.set()
-            await self.go.wait()
-        return turn
-
-
 async def test_a_cancel_that_reads_the_row_just_before_the_commit_says_how_the_turn_ended(tmp_path):
     """The row said `streaming`, and by the time that is known the run has gone: the reply is the final state."""
-    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateReads) as desk:
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
         caller = asyncio.create_task(desk.post(thread))
         await desk.provider.started.wait()
         turn = await desk.threads.active(thread.org_id, thread.id)
 
-        desk.ledger.held = True
+        read = desk.ledger.hold_after("turn")
         cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
-        await desk.ledger.read.wait()
+        await read.reached.wait()
         desk.provider.go.set()
         await caller
         await desk.settled()
-        desk.ledger.go.set()
+        read.open.set()
 
         assert (await cancel).state is TurnState.COMPLETED
 
 
 async def test_a_cancel_that_comes_before_the_run_has_entered_stops_it(tmp_path):
     """Between the transaction that admits a turn and its run's first step anybody may read and cancel it."""
-
-    class LateLead:
-        def __init__(self, ledger: Any) -> None:
-            self._ledger = ledger
-            self.admitted = asyncio.Event()
-            self.go = asyncio.Event()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._ledger, name)
-
-        async def admit(self, *args: Any, **kwargs: Any) -> Any:
-            admission = await self._ledger.admit(*args, **kwargs)
-            self.admitted.set()
-            await self.go.wait()
-            return admission
-
-    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=LateLead, poll_s=0.01) as desk:
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), ledger=DisturbedLedger, poll_s=0.01) as desk:
         thread = await desk.thread()
+        admit = desk.ledger.hold_after("admit")
         caller = asyncio.create_task(desk.outcome(thread))
-        await desk.ledger.admitted.wait()
+        await admit.reached.wait()
         turn = await desk.threads.active(thread.org_id, thread.id)
 
         cancel = asyncio.create_task(desk.threads.cancel_turn(thread.org_id, thread.id, turn.id))
         await asyncio.sleep(0.03)
-        desk.ledger.go.set()
+        admit.open.set()
 
         assert (await cancel).state is TurnState.CANCELLED
         assert (await caller).code == "turn_cancelled"
@@ -741,6 +824,40 @@ async def test_an_impatient_message_stops_the_running_turn(tmp_path, on_busy):
         assert len(texts) == (4 if on_busy is OnBusy.INTERRUPT else 2)
         assert [message.content for message in provider.calls[-1].messages] == ["stop that"]
         await desk.settled()
+
+
+async def test_an_impatient_message_stops_only_the_one_that_runs(held):
+    """Those that wait between them keep their places."""
+    thread = await held.thread()
+    running = asyncio.create_task(held.outcome(thread, "one"))
+    await held.provider.started.wait()
+    waiting = asyncio.create_task(held.post(thread, "two"))
+    await asyncio.sleep(0.02)
+    impatient = asyncio.create_task(held.post(thread, "three", on_busy=OnBusy.INTERRUPT))
+    assert (await running).code == "turn_cancelled"
+    held.provider.go.set()
+    await asyncio.gather(waiting, impatient)
+
+    assert [text for role, text in await held.messages(thread) if role == "user"] == ["two", "three"]
+    await held.settled()
+
+
+async def test_the_first_reason_to_stop_is_the_one_that_counts(held):
+    """A turn that is rolled back keeps no partial, though somebody cancels it in the same moment."""
+    held.provider.deltas, held.provider.gap_s = ["shown", "never"], 0.05
+    thread = await held.thread()
+    caller = asyncio.create_task(held.outcome(thread))
+    await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
+    run = held.turns.run_of(thread.org_id, turn.id)
+    held.provider.go.set()
+    while not run.log.deltas:
+        await asyncio.sleep(0.005)
+    run.stop(TurnCancelled().failure(), keep_partial=False)
+    run.stop(LeaderLost().failure(), keep_partial=True)
+
+    assert (await caller).code == "turn_cancelled"
+    assert await held.messages(thread) == []
 
 
 async def test_an_impatient_identical_message_joins(held):
@@ -786,6 +903,20 @@ async def test_a_thread_that_another_process_deletes_leaves_nothing_open(held):
     await held.settled()
 
 
+async def test_the_text_of_a_running_call_counts_against_the_memory_of_streams(held):
+    """Once for the call, and once for each turn that copies it."""
+    held.provider.gap_s = 0.05
+    thread = await held.thread()
+    caller = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+    held.provider.go.set()
+    while not held.calls.logs.stats().bytes:
+        await asyncio.sleep(0.005)
+        assert not caller.done()
+    await caller
+    await held.settled()
+
+
 async def test_a_call_that_is_left_before_its_first_step_leaves_nothing_behind(desk):
     """No log, which nobody would ever close."""
     thread = await desk.thread()
@@ -799,30 +930,12 @@ async def test_a_call_that_is_left_before_its_first_step_leaves_nothing_behind(d
     assert desk.provider.calls == []
 
 
-class FailingLedger:
-    """The real ledger, of which one method fails some times."""
-
-    def __init__(self, ledger: Any, method: str, times: int) -> None:
-        self._ledger = ledger
-        self._method = method
-        self._left = times
-
-    def __getattr__(self, name: str) -> Any:
-        if name == self._method and self._left > 0:
-            self._left -= 1
-
-            async def fail(*_args: Any, **_kwargs: Any) -> Any:
-                raise StorageUnavailable
-
-            return fail
-        return getattr(self._ledger, name)
-
-
 @pytest.mark.parametrize("method", ["admit", "history", "record_call"])
 async def test_a_database_that_fails_early_costs_no_call(tmp_path, method):
     """503 before any provider call; the next request is served."""
-    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, method, 1)) as desk:
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
+        desk.ledger.fail(method, StorageUnavailable())
 
         error = await desk.outcome(thread)
 
@@ -835,8 +948,9 @@ async def test_a_database_that_fails_early_costs_no_call(tmp_path, method):
 
 async def test_a_commit_is_tried_again(tmp_path):
     """The answer is paid for: it is not thrown away because the database was away for a moment."""
-    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "commit", 2)) as desk:
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
+        desk.ledger.fail("commit", StorageUnavailable(), times=2)
 
         result = await desk.post(thread)
 
@@ -847,10 +961,9 @@ async def test_a_commit_is_tried_again(tmp_path):
 
 async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
     """`not_persisted` after the patience for commits."""
-    async with open_desk(
-        tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "commit", 99), commit_patience_s=0.2
-    ) as desk:
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger, commit_patience_s=0.2) as desk:
         thread = await desk.thread()
+        desk.ledger.fail("commit", StorageUnavailable(), times=99)
 
         error = await desk.outcome(thread)
 
@@ -860,7 +973,8 @@ async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
 
 async def test_a_pause_of_the_database_does_not_end_a_running_turn(tmp_path):
     """The first delta waits until the turn is marked visible; nobody fails because that took a while."""
-    async with open_desk(tmp_path / "ow.db", ledger=lambda real: FailingLedger(real, "mark_visible", 2)) as desk:
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger) as desk:
+        desk.ledger.fail("mark_visible", StorageUnavailable(), times=2)
         thread = await desk.thread()
         with desk.turns.send(desk.ask(thread), "r") as ticket:
             await ticket.admitted()
@@ -875,7 +989,8 @@ async def test_a_failure_is_stored_before_it_is_told(tmp_path):
     """Though the database was away for a moment: else the row would end in another way than its callers were told."""
     provider = ScriptedProvider(deltas=["half"])
     provider.failures = [(1, ProviderProtocolError())]
-    async with open_desk(tmp_path / "ow.db", provider, ledger=lambda real: FailingLedger(real, "end", 2)) as desk:
+    async with open_desk(tmp_path / "ow.db", provider, ledger=DisturbedLedger) as desk:
+        desk.ledger.fail("end", StorageUnavailable(), times=2)
         thread = await desk.thread()
 
         error = await desk.outcome(thread)

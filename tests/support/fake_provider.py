@@ -191,12 +191,14 @@ class FakeProvider:
     Attributes:
         calls: The latest 100,000 calls, oldest first.
         raw: Model name → chunks of a recorded body, sent as they are in an event stream.
+        second_s: How long the second is for `rps` and the figures; a little less forgives a busy machine its delays.
     """
 
     def __init__(self, default: str = "", *, port: int = 0) -> None:
         self.default = default
         self.port = port
         self.raw: dict[str, list[bytes]] = {}
+        self.second_s = 1.0
         self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._changed = asyncio.Condition()
@@ -268,7 +270,7 @@ class FakeProvider:
         call = Call(self.count, time.monotonic(), headers, body, url)
         self.calls.append(call)
         self._second.append(call.started_s)
-        while self._second[0] < call.started_s - 1:
+        while self._second[0] < call.started_s - self.second_s:
             self._second.popleft()
         self.max_in_second = max(self.max_in_second, len(self._second))
         async with self._changed:
@@ -284,10 +286,10 @@ class FakeProvider:
     def wait_s(self, calls_per_s: int) -> float:
         """Take a place in the sliding second; seconds until there is one if it is full, else 0."""
         now = time.monotonic()
-        while self._accepted and self._accepted[0] <= now - 1:
+        while self._accepted and self._accepted[0] <= now - self.second_s:
             self._accepted.popleft()
         if len(self._accepted) >= calls_per_s:
-            return self._accepted[0] + 1 - now
+            return self._accepted[0] + self.second_s - now
         self._accepted.append(now)
         return 0.0
 

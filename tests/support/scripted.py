@@ -36,7 +36,7 @@ __all__ = ["Desk", "ScriptedProvider", "open_desk"]
 class Desk:
     """Turns, threads and ledger on a real SQLite file, in front of one provider."""
 
-    provider: ScriptedProvider
+    provider: Any
     database: SqliteDatabase
     ledger: Any
     calls: Calls
@@ -74,24 +74,32 @@ class Desk:
         return [(message.role, message.content) for message in stored.messages]
 
     async def settled(self) -> None:
-        """Wait until nothing runs, and see that nothing is left behind."""
+        """Wait until nothing runs, and see that nothing is left behind (C16)."""
         async with asyncio.timeout(5):
             while self.turns.flights.stats().tasks or self.calls.flights.stats().tasks:
                 await asyncio.sleep(0.005)
         for stats in (self.turns.flights.stats(), self.calls.flights.stats()):
             assert (stats.flights, stats.waiters, stats.tasks) == (0, 0, 0)
         await asyncio.sleep(0)
+        assert self._left() == []
         assert self.hub.stats().open_logs == 0
         assert self.calls.logs.stats().logs == 0
         pacer = self.calls.lanes["scripted"].pacer.stats()
         assert (pacer.waiting, pacer.running) == (0, 0)
         assert self.fleet._led == {}
 
+    def _left(self) -> list[object]:
+        """What the registries of turns hold still, and beats that go on."""
+        turns = self.turns
+        registries: list[object] = [*turns._runs, *turns._gates, *turns._tickets]
+        beats = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "TurnRun._beat"]
+        return registries + beats
+
 
 @asynccontextmanager
 async def open_desk(
     path: Path,
-    provider: ScriptedProvider | None = None,
+    provider: Any = None,
     *,
     rps: float = 10_000.0,
     concurrency: int = 50,

@@ -1,8 +1,8 @@
 """A `Transport` that answers from memory, for bytes that no server on loopback could be asked to cut so finely."""
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
 
 from oncewise.providers.transport import Reply
 
@@ -28,13 +28,14 @@ class ScriptedTransport:
     @asynccontextmanager
     async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
         self.posted.append((path, body))
-        async with aclosing(self._body()) as pieces:
-            yield Reply(self.status, self.headers, pieces)
+        left = iter(self.pieces)
 
-    async def _body(self) -> AsyncGenerator[bytes, None]:
-        for piece in self.pieces:
-            self.read += 1
-            yield piece
+        async def read() -> bytes:
+            piece = next(left, b"")
+            self.read += bool(piece)
+            return piece
+
+        yield Reply(self.status, self.headers, read)
 
     async def aclose(self) -> None:
         self.closed = True

@@ -293,7 +293,9 @@ async def _end_of(run: CompletionRun | RemoteCall, waiter: Waiter[Completion] | 
 def _starting_after(exchange: Exchange) -> Position | None:
     sent = exchange.headers.get(b"last-event-id", b"").decode("latin-1")
     query = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("starting_after", [])
-    return Position.parse(query[0] if query else sent)
+    place = query[0] if query else sent
+    # A bare number, as OpenAI counts events: chunks are never taken back here, so all are of the first epoch.
+    return Position.parse(place if "-" in place else f"1-{place}")
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ of several workers makes their sockets, and is to be small.
 
 import socket
 import sys
+from contextlib import ExitStack
+from typing import Any
 
 __all__ = ["BACKLOG", "SocketGroup", "listen", "listen_for_each"]
 
@@ -32,10 +34,18 @@ def listen(host: str, port: int, *, shared: bool = False) -> SocketGroup:
         OSError: the address is unknown or in use.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: SocketGroup = []
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        bound = socket.socket(family, kind, protocol)
-        sockets.append(bound)
+    with ExitStack() as opened:
+        sockets = [
+            opened.enter_context(_bound(family, kind, protocol, address, shared=shared))
+            for family, kind, protocol, _, address in dict.fromkeys(found)
+        ]
+        opened.pop_all()
+    return sockets
+
+
+def _bound(family: int, kind: int, protocol: int, address: Any, *, shared: bool) -> socket.socket:
+    bound = socket.socket(family, kind, protocol)
+    try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shared:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -45,7 +55,10 @@ def listen(host: str, port: int, *, shared: bool = False) -> SocketGroup:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         bound.bind(address)
         bound.setblocking(False)
-    return sockets
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 def listen_for_each(host: str, port: int, processes: int) -> list[SocketGroup]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 _GROUPS = {
-    "Run": ("serve", "demo", "config", "db", "keys"),
+    "Run": ("serve", "demo", "doctor", "config", "db", "keys"),
     "Measure a running server": ("burst", "ttft"),
     "Data": ("threads",),
 }
@@ -155,6 +155,24 @@ def demo(
     from oncewise.cli.demo import FLAGS, run
 
     _end(kept=run(_load_settings({"port": port, **FLAGS}), once=once))
+
+
+@app.command()
+def doctor(
+    *,
+    host: Annotated[str | None, typer.Option(help="Address the server would listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port it would listen on.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Server processes it would have.")] = None,
+    database: Annotated[str | None, typer.Option(metavar="URL", help="Database to look at.")] = None,
+    redis: Annotated[str | None, typer.Option(metavar="URL", help="Redis or Valkey to look at.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Would a server with these settings work here? Changes and costs nothing."""
+    from oncewise.cli.doctor import run
+
+    flags = {"host": host, "port": port, "workers": workers, "database_url": database, "redis_url": redis}
+    _end(kept=run(_load_settings(flags, config), as_json_text=as_json))
 
 
 @config_app.command("show")

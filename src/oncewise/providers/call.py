@@ -21,6 +21,7 @@ import orjson
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderTimeout
 from oncewise.providers.event_stream import Event, EventNotUtf8, EventStream, EventTooLarge
 from oncewise.providers.halves import Halves
+from oncewise.providers.patience import Patience
 from oncewise.providers.refusals import error_names, refusal, retry_after_s, retry_delay_s
 from oncewise.providers.transport import (
     ConnectTimedOut,
@@ -62,6 +63,7 @@ class Call:
     def __init__(self, provider: str, timers: Timers) -> None:
         self._provider = provider
         self._timers = timers
+        self._patience = Patience()
         self._now_s = asyncio.get_running_loop().time
         now_s = self._now_s()
         self._end_by_s = now_s + timers.total_s
@@ -106,7 +108,7 @@ class Call:
         """
         try:
             async with AsyncExitStack() as connection:
-                async with asyncio.timeout_at(self._token_by_s):
+                with self._patience.until(self._token_by_s):
                     reply = await connection.enter_async_context(transport.post(path, self._encoded(body)))
                 self._answered = True
                 await self._verify(reply)
@@ -123,6 +125,8 @@ class Call:
             raise broken(f"{self._provider} sent an event of more than 1 MiB.", retryable=False) from None
         except EventNotUtf8:
             raise broken(f"{self._provider} sent text that is not UTF-8.") from None
+        finally:
+            self._patience.end()
 
     def _encoded(self, body: Mapping[str, Any]) -> bytes:
         try:
@@ -131,10 +135,9 @@ class Call:
             # Lone surrogates and integers beyond 64 bits: the edge refuses them, so they are not worth a retry here.
             raise ProviderError("The request cannot be written as JSON in UTF-8.", retryable=False) from None
 
-    async def _piece(self, reply: Reply) -> bytes | None:
-        until_s = self._end_by_s if self._finished else min(self._end_by_s, self._token_by_s)
-        async with asyncio.timeout_at(until_s):
-            return await anext(reply.body, None)
+    async def _piece(self, reply: Reply) -> bytes:
+        with self._patience.until(self._end_by_s if self._finished else min(self._end_by_s, self._token_by_s)):
+            return await reply.read()
 
     async def _verify(self, reply: Reply) -> None:
         if reply.status != 200:
@@ -151,7 +154,7 @@ class Call:
         body = b""
         with contextlib.suppress(TransportError, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
-                async for piece in reply.body:
+                while piece := await reply.read():
                     body += piece
                     if len(body) > MAX_ERROR_BYTES:
                         return b""

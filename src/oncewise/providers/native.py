@@ -110,6 +110,14 @@ class NativeProvider(ABC):
                 yield chunk
             verifier.end(done=False)
 
+    async def reach(self) -> int:
+        """The status of the list of models, which costs nothing. Says whether the host answers and takes the key.
+
+        Raises:
+            TransportError: the host did not answer.
+        """
+        return await self._transport.status("models")
+
     async def aclose(self) -> None:
         await self._transport.aclose()
 

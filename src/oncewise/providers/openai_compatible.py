@@ -89,6 +89,14 @@ class OpenAICompatibleProvider:
             async for _ in events:
                 pass  # the rest of the body, so that the connection can be used again
 
+    async def reach(self) -> int:
+        """The status of the list of models, which costs nothing. Says whether the host answers and takes the key.
+
+        Raises:
+            TransportError: the host did not answer.
+        """
+        return await self._transport.status("models")
+
     async def aclose(self) -> None:
         await self._transport.aclose()
 

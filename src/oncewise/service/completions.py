@@ -131,9 +131,9 @@ class CompletionRun(Attempts[Completion]):
         first_s: When the first chunk could be seen, by the event loop's clock; 0.0 before.
         flight: The flight that does this work.
         own: Whether it is shared with nobody.
+        leader_id: Request id of whoever started it in this worker.
         streamed: Whether anybody may have seen a part of it.
         holder: The worker that makes the call, if that is another one.
-        leader_id: Request id of whoever started it.
     """
 
     flight: Flight[Completion]
@@ -159,6 +159,7 @@ class CompletionRun(Attempts[Completion]):
         self._created_s = desk.now_s()
         self._document: bytes | None = None
         self._answer: _Chunks | None = None
+        self._bill: Bill | None = None
 
     async def __call__(self, flight: Flight[Completion]) -> Completion:
         """Make the call.
@@ -253,14 +254,20 @@ class CompletionRun(Attempts[Completion]):
     @property
     def bill(self) -> Bill:
         """What the call came to, as far as it got."""
+        if self._bill is not None:
+            return self._bill
         request, answer = self.plan.request, self._answer
+        bill = Bill(request.provider, request.model)
         if self._followed is not None:
             done = self._followed
-            return Bill(request.provider, request.model, done.usage, done.cost_usd, str(done.head["model"]))
-        if answer is None:
-            return Bill(request.provider, request.model)
-        usage, cost_usd = answer.figures(self.log)
-        return Bill(request.provider, request.model, usage, cost_usd, answer.model)
+            bill = Bill(request.provider, request.model, done.usage, done.cost_usd, str(done.head["model"]))
+        elif answer is not None:
+            usage, cost_usd = answer.figures(self.log)
+            bill = Bill(request.provider, request.model, usage, cost_usd, answer.model)
+        if self.flight.outcome is not None:
+            # Final: thousands of followers ask for it, and an estimate reads the whole prompt.
+            self._bill = bill
+        return bill
 
     @property
     def _shown(self) -> bool:
@@ -350,30 +357,30 @@ class _Chunks:
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
         choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
-        extras = chunk.keys() - _PLAIN
         if not choices:
-            if all(name in self._told and self._told[name] == chunk[name] for name in extras):
+            if all(name in self._told and self._told[name] == chunk[name] for name in chunk.keys() - _PLAIN):
                 return None
             # Many clients look at the first choice of any chunk, unless they asked for figures.
             choices = [{"index": 0, "delta": {}, "finish_reason": None}]
         else:
             for choice in choices:
-                index = choice.setdefault("index", 0)
-                choice["delta"] = self._delta(index, choice.get("delta") or {})
-                choice.setdefault("finish_reason", None)
-        for name in extras:
-            self._told[name] = chunk[name]
+                self._tidy_choice(choice)
+        if not chunk.keys() <= _PLAIN:
+            self._told.update((name, chunk[name]) for name in chunk.keys() - _PLAIN)
         tidy = {**chunk, **self._head, "choices": choices}
         tidy.pop("usage", None)
         return tidy
 
-    def _delta(self, index: int, delta: Json) -> Json:
+    def _tidy_choice(self, choice: Json) -> None:
+        index, delta = choice.setdefault("index", 0), choice.get("delta") or {}
         # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
-        role = delta.pop("role", None)
-        if index in self._choices:
-            return delta
-        self._choices.add(index)
-        return {"role": role or "assistant", **delta}
+        if index not in self._choices:
+            self._choices.add(index)
+            delta = {"role": delta.pop("role", None) or "assistant", **delta}
+        else:
+            delta.pop("role", None)
+        choice["delta"] = delta
+        choice.setdefault("finish_reason", None)
 
 
 def _says_something(choice: Json) -> bool:
@@ -502,7 +509,7 @@ class CompletionTicket:
             calls=run.calls if leads else 0,
             first_s=run.first_s,
             queue_wait_ms=(run.queue_wait_s or 0.0) * 1000 if leads else 0.0,
-            leader_id=run.leader_id,
+            leader_id=run.leader_id if run.holder is None else None,
             call_id=run.call_id,
         )
 

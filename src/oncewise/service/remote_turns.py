@@ -43,10 +43,10 @@ class RemoteTurn:
         row: The turn as it was read last.
         log: Its log here; None while nobody has looked.
         first_s: When the first text came, by the event loop's clock; None before.
-        leader_id: Who started it is known to its leader alone.
+        leader_id: None: the request that leads the turn is known to its own worker only.
     """
 
-    leader_id = None
+    leader_id: str | None = None
 
     def __init__(self, desk: "RemoteTurns", turn: StoredTurn) -> None:
         self.row = turn
@@ -57,7 +57,7 @@ class RemoteTurn:
         self._interested_s = asyncio.get_running_loop().time()
         self._behind_at: int | None = None
         self._yielded = False
-        self._news: set[asyncio.Future[StoredTurn]] = set()
+        self._news: dict[asyncio.Future[StoredTurn], None] = {}
         self._woken = asyncio.Event()
         self._came = asyncio.Event()
         name = turn_name(desk.fleet, turn.org_id, turn.id)
@@ -76,11 +76,11 @@ class RemoteTurn:
         if self._task.done():
             return self.row
         future: asyncio.Future[StoredTurn] = asyncio.get_running_loop().create_future()
-        self._news.add(future)
+        self._news[future] = None
         try:
             return await future
         finally:
-            self._news.discard(future)
+            self._news.pop(future, None)
 
     async def watch(self, after: Position | None = None) -> StreamLog | None:
         """The log, for a viewer; None if the turn is over and its row tells everything.
@@ -178,7 +178,7 @@ class RemoteTurn:
         return True
 
     def _tell(self, news: StoredTurn | Failure) -> None:
-        waiting, self._news = self._news, set()
+        waiting, self._news = self._news, {}
         for future in waiting:
             if not future.done():
                 if isinstance(news, Failure):

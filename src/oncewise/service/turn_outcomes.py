@@ -49,14 +49,12 @@ class TurnResult:
         queue_wait_ms: Milliseconds from the start of the flight to that of its call.
         queued_behind: Turns of the thread, or calls to the provider, that came first when it joined that queue.
         first_delta_s: When the first text was there, by the event loop's clock; None for a replay.
-        cost_usd: What the provider says the call cost; None if it does not say.
         body: A place for the encoded answer, so that all who share it are sent the same bytes.
     """
 
     __slots__ = (
         "body",
         "call_id",
-        "cost_usd",
         "first_delta_s",
         "queue_wait_ms",
         "queued_behind",
@@ -72,14 +70,12 @@ class TurnResult:
         queue_wait_ms: float = 0.0,
         queued_behind: int = 0,
         first_delta_s: float | None = None,
-        cost_usd: float | None = None,
     ) -> None:
         self.stored = stored
         self.upstream_calls = upstream_calls
         self.queue_wait_ms = queue_wait_ms
         self.queued_behind = queued_behind
         self.first_delta_s = first_delta_s
-        self.cost_usd = cost_usd
         self.body: bytes | None = None
 
 

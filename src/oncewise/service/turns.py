@@ -15,6 +15,7 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -128,6 +129,7 @@ class TurnRun:
         self._showing = asyncio.Lock()
         self._started_s = 0.0
         self._queue_wait_s = 0.0
+        self._leased_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
 
@@ -153,6 +155,7 @@ class TurnRun:
 
     async def _admit(self) -> Admission:
         rules = self._desk.rules
+        self._leased_s = asyncio.get_running_loop().time()
         admitting = asyncio.ensure_future(
             self._desk.ledger.admit(
                 self.ask,
@@ -217,9 +220,10 @@ class TurnRun:
                 while not turn.state.final and taken is None:
                     if self._desk.run_of(turn.org_id, turn.id) is not None:
                         return None
+                    self._leased_s = asyncio.get_running_loop().time()
                     taken = await self._desk.claim_lost(turn)
                     if taken is None:
-                        turn = await remote.turn.news()
+                        turn = await self._patiently(remote.turn.news)
             finally:
                 remote.withdrawn = self._stop is not None
         if taken is not None:
@@ -231,7 +235,7 @@ class TurnRun:
 
     async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
-        turn = await self._row(claim)
+        turn = await self._patiently(lambda: self._row(claim))
         if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
@@ -277,8 +281,8 @@ class TurnRun:
         finally:
             beat.cancel()
             if self.log is not None:
-                # Ended long ago, unless the row could not be read, is gone with its thread, or something else went
-                # wrong: then its viewers end where they are, and are told when they resume.
+                # Ended long ago, unless the turn was handed back, or its row could not be read or is gone with its
+                # thread: then its viewers end where they are, and are told when they resume.
                 self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
@@ -305,7 +309,7 @@ class TurnRun:
             if left_s <= 0:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
             await self._desk.turn_ended(claim, left_s)
-            position = self.place = await self._desk.ledger.position(claim)
+            position = self.place = await self._patiently(lambda: self._desk.ledger.position(claim))
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -416,11 +420,11 @@ class TurnRun:
     async def _beat(self, claim: TurnClaim) -> None:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
-        safe_s = rules.lease_s - min(1.0, rules.lease_s / 3)
-        kept_s = loop.time()
+        safe_s = rules.lease_s - min(1.0, rules.lease_s / 10)
+        kept_s = self._leased_s
         alive = True
         while alive:
-            await asyncio.sleep(rules.lease_s / 3)
+            await asyncio.sleep(min(rules.lease_s / 3, max(0.0, kept_s + safe_s - loop.time())))
             text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
             asked_s = loop.time()
             try:
@@ -485,11 +489,10 @@ class TurnRun:
             queue_wait_ms=self.queue_wait_ms,
             queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
-            cost_usd=completion.cost_usd,
         )
 
     async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
-        """Tell the ledger what it must know before anybody else; a database that is away may come back.
+        """Tell the ledger, or ask it, what cannot be done without; a database that is away may come back.
 
         Raises:
             NotPersisted: it did not.
@@ -552,15 +555,10 @@ class TurnRun:
     async def _hand_back(self, claim: TurnClaim) -> None:
         """Let another process take the turn at once, and viewers resume there."""
         text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
-        try:
+        with suppress(StorageUnavailable, StorageFull):
             # What was shown since the last beat would be lost.
             await self._desk.ledger.beat(claim, lease_s=self._desk.rules.lease_s, partial=text, partial_seq=seq)
             await self._desk.ledger.release(claim)
-        except (StorageUnavailable, StorageFull):
-            pass
-        finally:
-            if self.log is not None:
-                self.log.sever()
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
         """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
@@ -985,6 +983,5 @@ class Turns:
         except TimeoutError:
             return
         finally:
+            # The dict itself goes when a turn of the thread leaves: the one that waits here does so in any case.
             gates.pop(gate, None)
-            if not gates and self._gates.get((claim.org_id, claim.thread_id)) is gates:
-                del self._gates[claim.org_id, claim.thread_id]

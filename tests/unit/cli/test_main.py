@@ -64,7 +64,7 @@ def test_help_loads_no_server() -> None:
     """What makes help quick: neither settings nor frameworks nor drivers are imported for it."""
     program = (
         "import sys, oncewise.cli.main as main; main.app(['--help'], standalone_mode=False);"
-        "print([m for m in ('fastapi', 'pydantic', 'sqlalchemy', 'uvicorn', 'rich', 'httpx2') if m in sys.modules])"
+        "print([m for m in ('fastapi', 'pydantic', 'sqlalchemy', 'uvicorn', 'rich', 'httptools') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

@@ -1,12 +1,14 @@
 """What chunks add up to. The shapes of whole answers are in `tests/unit/service/test_completions.py`."""
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oncewise.core.chunks import assembled
+from oncewise.core.chunks import assembled, usage_of
+from oncewise.model import Usage
 from oncewise.ports import Chunk
 
 
@@ -54,3 +56,34 @@ def test_a_long_answer_is_put_together_in_proportion() -> None:
     document = assembled(chunks, {})
     assert len(document["choices"][0]["message"]["content"]) == 4_000_000
     assert time.process_time() - begun_s < 2
+
+
+@pytest.mark.parametrize(
+    ("more", "cached", "written", "cost_usd"),
+    [
+        ({}, 0, 0, None),
+        ({"prompt_tokens_details": {"cached_tokens": 40}}, 40, 0, None),
+        ({"prompt_tokens_details": {"cached_tokens": 40, "cache_write_tokens": 20}, "cost": 0.5}, 40, 20, 0.5),
+        ({"prompt_tokens_details": {"cached_tokens": 30}, "cache_creation_input_tokens": 50}, 30, 50, None),
+        ({"prompt_cache_hit_tokens": 64}, 64, 0, None),
+        ({"cached_tokens": 16}, 16, 0, None),
+        # No more of the prompt than there is.
+        ({"cached_tokens": 500, "cache_creation_input_tokens": 500}, 100, 0, None),
+        ({"prompt_tokens_details": None, "cached_tokens": -1, "prompt_cache_hit_tokens": True}, 0, 0, None),
+        ({"cost": {"total_cost": 0.25, "input_tokens_cost": 0.1}}, 0, 0, 0.25),
+        ({"cost_in_usd_ticks": 318_319_000}, 0, 0, 0.0318319),
+        ({"cost_in_usd_ticks": 318_319_000, "cost": 0}, 0, 0, 0.0),
+        ({"cost_in_usd_ticks": "5"}, 0, 0, None),
+        ({"cost": -1}, 0, 0, None),
+        ({"cost": True}, 0, 0, None),
+        ({"cost": float("nan")}, 0, 0, None),
+    ],
+)
+def test_figures_are_read_by_the_names_that_providers_give_them(
+    more: dict[str, Any], cached: int, written: int, cost_usd: float | None
+) -> None:
+    """Cached tokens of OpenAI, OpenRouter, Anthropic, DeepSeek, Moonshot; costs of OpenRouter, Perplexity, xAI."""
+    usage, cost = usage_of({"usage": {"prompt_tokens": 100, "completion_tokens": 7, **more}})
+    assert usage == Usage(100, 7)
+    assert (usage.cached_tokens, usage.cache_write_tokens) == (cached, written)
+    assert cost == (None if cost_usd is None else pytest.approx(cost_usd))

@@ -458,14 +458,14 @@ async def test_a_call_that_fails_gives_its_place_back() -> None:
 
 @virtual_time
 async def test_the_queue_is_bounded() -> None:
-    """At the limit, yes; one above, `QueueFull` with a hint, at once."""
-    calls = Calls(pacer(max_waiting=2))
+    """At the limit, yes; one above, `QueueFull` at once, with the time in which a place may come free."""
+    calls = Calls(pacer(max_waiting=2, max_wait_s=14.0))
     await calls.make()
     tasks = calls.begin("a", "b")
     await turns(2)
     with pytest.raises(QueueFull) as caught:
         await calls.make("c")
-    assert caught.value.retry_after_s == 1.0
+    assert caught.value.retry_after_s == 7.0
     await asyncio.gather(*tasks)
     assert calls.line.stats() == IDLE
 
