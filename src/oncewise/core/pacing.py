@@ -29,6 +29,8 @@ __all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place", "St
 GUARD_SHARE = 0.03
 GUARD_MAX_S = 0.03
 LATE_S = 0.005
+SECOND_S = 1.0 + GUARD_MAX_S
+"""A second as a provider may count it."""
 
 
 class Gcra:
@@ -74,25 +76,30 @@ class Starts:
     A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
     the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
     the guard between starts leaves room enough.
+
+    Attributes:
+        gcra: The spacing of starts.
+        window: How many starts are remembered; 0 for none.
     """
 
     def __init__(self, rate: float, burst: int) -> None:
-        self._gcra = Gcra(rate, burst)
+        self.gcra = Gcra(rate, burst)
         spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
-        self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
+        self.window = int(rate) if min(burst, int(rate)) > max(1, spare) else 0
+        self._latest: deque[float] = deque(maxlen=self.window)
 
     def next_s(self, now_s: float) -> float:
         """When the next start is, in the time of `now_s` and never before it."""
-        start_s = self._gcra.next_s(now_s)
-        if self._latest and len(self._latest) == self._latest.maxlen:
-            return max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
+        start_s = self.gcra.next_s(now_s)
+        if self.window and len(self._latest) == self.window:
+            return max(start_s, self._latest[0] + SECOND_S)
         return start_s
 
     def reserve(self, now_s: float) -> float:
         """Book the next start; return when it is."""
         start_s = self.next_s(now_s)
-        self._gcra.reserve(now_s)
-        if self._latest.maxlen:
+        self.gcra.reserve(now_s)
+        if self.window:
             self._latest.append(start_s)
         return start_s
 
@@ -105,9 +112,13 @@ class Starts:
 
     def give_back(self) -> None:
         """Undo the reservation made last."""
-        self._gcra.give_back()
+        self.gcra.give_back()
         if self._latest:
             self._latest.pop()
+
+    def pause(self, until_s: float) -> None:
+        """Book no start before that time, and none together at it."""
+        self.gcra.pause(until_s)
 
 
 class LocalLimiter:
