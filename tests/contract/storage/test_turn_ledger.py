@@ -260,6 +260,7 @@ async def test_sweep_interrupts_lapsed_turns_and_keeps_their_text(storage: Stora
     assert states == [TurnState.INTERRUPTED, TurnState.INTERRUPTED, TurnState.PENDING]
     turn = await storage.read(spoken)
     assert (turn.failure_code, turn.failure_retryable, turn.partial_seq) == ("leader_lost", True, 2)
+    assert turn.epoch == 2, "a viewer may have been shown more than was stored"
     assert [message.content for message in (await storage.threads.get(storage.org, other)).messages] == [
         "spoken",
         "half",
