@@ -15,6 +15,7 @@ versions that start together must not migrate under each other).
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -536,7 +537,13 @@ def _reason(error: BaseException) -> str:
     if isinstance(driver_error, asyncpg.PostgresError):
         return _REASONS.get((driver_error.sqlstate or "")[:2], "PostgreSQL refused the connection.")
     if isinstance(driver_error, ValueError):
-        return "The database URL is not one of PostgreSQL: postgresql://USER:PASSWORD@HOST:PORT/DATABASE."
+        return (
+            "The database URL cannot be used: it must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE, and the files "
+            "that it needs (with sslmode=verify-full: sslrootcert) must be there."
+        )
+    # Not a subclass: asyncpg's own, for a server that has no TLS. What the system raises is one.
+    if isinstance(driver_error, ssl.SSLError) or type(driver_error) is ConnectionError:
+        return "PostgreSQL answers, but not with the TLS that the database URL asks for."
     return "PostgreSQL does not answer at the address in the database URL."
 
 

@@ -293,6 +293,7 @@ async def test_text_keeps_everything_but_nul() -> None:
     assert (await answer(chunk("a\0b\u2028é🙂\u200d\r\n") + chunk("\0") + chunk(None, "stop")))[
         0
     ] == "ab\u2028é🙂\u200d\r\n"
+    assert (await answer(chunk("a", "stop", model="m\0-1")))[1].model == "m-1"
 
 
 @pytest.mark.parametrize("seed", [1 << 70])

@@ -223,9 +223,11 @@ async def test_a_role_with_rights_on_rows_serves_and_cannot_upgrade(url: str):
     [
         ("postgresql://postgres@127.0.0.1:{port}/nowhere", "no database of the name"),
         ("postgresql://nobody:hunter2@127.0.0.1:{port}/postgres", "user or the password"),
+        ("postgresql://postgres:hunter2@127.0.0.1:{port}/postgres?sslmode=require", "not with the TLS"),
+        ("postgresql://postgres:hunter2@h/postgres?sslmode=verify-full&sslrootcert=/none.crt", "sslrootcert"),
         ("postgresql://u:hunter2@127.0.0.1:1/postgres", "does not answer"),
         ("postgresql://u:hunter2@no-such-host.invalid/postgres", "does not answer"),
-        ("postgresql://u:hunter2@127.0.0.1:hunter2/postgres", "not one of PostgreSQL"),
+        ("postgresql://u:hunter2@127.0.0.1:hunter2/postgres", "cannot be used: it must be"),
     ],
 )
 async def test_why_it_does_not_open_is_told_without_the_url(url: str, sentence: str):
