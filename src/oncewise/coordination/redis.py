@@ -25,7 +25,7 @@ import orjson
 
 from oncewise.coordination.link import Link, Script
 from oncewise.coordination.reader import EntryId, Fields, Reader
-from oncewise.coordination.wire import BadAddress, Wire
+from oncewise.coordination.wire import BadAddress, Refused, Wire
 from oncewise.core.errands import Errands
 from oncewise.core.pacing import SECOND_S, Starts
 from oncewise.errors import CoordinationUnavailable
@@ -338,8 +338,10 @@ class RedisCoordination:
         """See `Coordination.check`."""
         try:
             info: bytes = await self.link.call("INFO", "server")
-        except CoordinationUnavailable:
-            return f"Redis does not answer ({self.link.reason or 'timeout'})."
+        except CoordinationUnavailable as error:
+            refused = error.__cause__
+            reason = refused.code if isinstance(refused, Refused) else self.link.reason
+            return f"Redis does not answer ({reason or 'timeout'})."
         lines = dict(line.partition(":")[::2] for line in info.decode().splitlines())
         valkey, redis = lines.get("valkey_version"), lines.get("redis_version", "0")
         self.version = f"Valkey {valkey}" if valkey else f"Redis {redis}"

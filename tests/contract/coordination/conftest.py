@@ -70,7 +70,7 @@ class Fleet:
         self._deployment = uuid4().hex
         self._world = World()
         self._databases: list[Any] = []
-        self._url = ""
+        self._url: str | None = None
 
     async def worker(self) -> Coordination | Any:
         address = uuid4().hex
@@ -84,11 +84,11 @@ class Fleet:
         return worker
 
     async def _on_database(self, address: str) -> OnDatabase:
-        if self.backend == "postgresql":
-            self._url = self._url or await self._opened.enter_async_context(fresh_database())
-            database: Any = await open_postgres(self._url, owner=address)
+        if self.backend == "sqlite":
+            database: Any = await open_sqlite(str(self._folder / "ow.db"), owner=address)
         else:
-            database = await open_sqlite(str(self._folder / "ow.db"), owner=address)
+            self._url = self._url or await self._opened.enter_async_context(fresh_database())
+            database = await open_postgres(self._url, owner=address)
         self._databases.append(database)
         worker = OnDatabase(database, address, database.neighbours)
         await worker.signals.begin()
