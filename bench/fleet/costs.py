@@ -1,6 +1,6 @@
 """What work costs Redis and PostgreSQL: `python -m bench.fleet.costs`.
 
-Two servers of one worker each, on one PostgreSQL and one Valkey. A scenario does one kind of work a known number of
+Three servers of one worker each, on one PostgreSQL and one Valkey. A scenario does one kind of work a known number of
 times; what both were asked meanwhile, and what it cost them, is recorded less what the idle fleet asks in as long. Each
 scenario is played twice: once watched command by command, and once unwatched, for bytes and processor time.
 
@@ -25,15 +25,14 @@ from importlib.resources import files
 from typing import Any
 
 import asyncpg
-
 from bench.fleet.servers import DATABASE, Fleet, Server, Shared, cpu_s_of, shared
 from bench.fleet.wiretap import Wiretap
 from bench.record import Meter, Run, command_of, parser_of, save
 
 SETTLE_S = 3.5
 """Rows of requests are written, words of interest said, and cursors on ended turns are gone."""
-GAP_MS = 20
-HERE, THERE = 0, 1
+GAP_MS = 50
+HERE, THERE, FARTHER = 0, 1, 2
 
 
 # -- what was asked ----------------------------------------------------------------------------------------------
@@ -110,13 +109,13 @@ class Books:
 
     def __init__(self, common: Shared, redis: Wiretap, sql: Wiretap) -> None:
         self.redis, self.sql = redis, sql
-        self._common = common
+        self.common = common
         self._monitor: Monitor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count commands by name meanwhile."""
-        self._monitor = Monitor(self._common.redis.port)
+        self._monitor = Monitor(self.common.redis.port)
         try:
             yield
         finally:
@@ -134,17 +133,18 @@ class Books:
             self.redis.received,
             self.sql.sent,
             self.sql.received,
-            cpu_s_of(self._common.redis.pid),
-            cpu_s_of(self._common.postgres.pid),
+            cpu_s_of(self.common.redis.pid),
+            cpu_s_of(self.common.postgres.pid),
             wal,
         )
 
     async def _asked(self) -> tuple[Counter[str], int]:
         # From another database, so that the question is not in the answer.
-        connection = await asyncpg.connect(self._common.postgres.url())
+        connection = await asyncpg.connect(self.common.postgres.url())
         try:
             rows = await connection.fetch(
-                "SELECT query, calls FROM pg_stat_statements JOIN pg_database ON oid = dbid WHERE datname = $1", DATABASE
+                "SELECT query, calls FROM pg_stat_statements JOIN pg_database ON oid = dbid WHERE datname = $1",
+                DATABASE,
             )
             wal = await connection.fetchval("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::BIGINT")
         finally:
@@ -257,7 +257,7 @@ SLOW = "lat1000-n20"
 
 def scenarios() -> list[Scenario]:
     """Each differs from another one in one thing, so that the difference is its cost."""
-    short, long = 20, 220
+    short, long = 20, 120
     shown = f"n{{}}-gap{GAP_MS}"
     return [
         turns("turn", 40, [(HERE, 1)], model=SLOW),
@@ -287,6 +287,17 @@ def scenarios() -> list[Scenario]:
             for times in (10, 40)
             for deltas in (short, long)
         ),
+        *(
+            turns(
+                f"10 streams of {deltas}, 1 sees each there and 1 farther",
+                10,
+                [(HERE, 1), (THERE, 1), (FARTHER, 1)],
+                model=shown.format(deltas),
+                stream=True,
+                deltas=deltas,
+            )
+            for deltas in (short, long)
+        ),
         calls("call", 40, [(HERE, 1)], model=SLOW),
         calls("call, 10 follow here", 10, [(HERE, 11)], model=SLOW),
         calls("call, 1 follows there", 10, [(HERE, 1), (THERE, 1)], model=SLOW),
@@ -307,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         shared() as common,
         Wiretap(common.redis.port) as redis,
         Wiretap(common.postgres.port) as sql,
-        Fleet([Server(replace(common, postgres_port=sql.port, redis_port=redis.port)) for _ in range(2)]) as fleet,
+        Fleet([Server(replace(common, postgres_port=sql.port, redis_port=redis.port)) for _ in range(3)]) as fleet,
     ):
         books = Books(common, redis, sql)
         # The first of a kind prepares statements and loads scripts.
@@ -322,8 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def play(scenario: Scenario, fleet: Fleet, books: Books, rest: Run | None) -> Run:
-    """Do it twice, and return what one time of it costs, beyond what an idle fleet of two asks in as long."""
-    own_cpu_s = books._common.cpu_s  # noqa: SLF001
+    """Do it twice, and return what one time of it costs, beyond what an idle fleet asks in as long."""
+    own_cpu_s = books.common.cpu_s
     with Meter(lambda: own_cpu_s() + sum(server.cpu_s() for server in fleet.servers)) as meter:
         with books.watching():
             watched = _grown(scenario, fleet, books)
@@ -336,12 +347,16 @@ def play(scenario: Scenario, fleet: Fleet, books: Books, rest: Run | None) -> Ru
         "redis": _each(watched.redis, scenario, watched.at_s, rest, "redis"),
         "sql": _each(plain.sql, scenario, plain.at_s, rest, "sql"),
         **{name: _one(getattr(plain, name), scenario, plain.at_s, rest, name) for name in NUMBERS},
+        "workers": len(fleet.servers),
         "redis_connections": books.redis.open,
         "sql_connections": books.sql.open,
         "foreign_pct": meter.foreign_pct,
         "counts": True,
     }
-    print({name: value for name, value in run.items() if name in ("what", "redis", "sql", "redis_cpu_s", "sql_cpu_s")}, flush=True)
+    print(
+        {name: value for name, value in run.items() if name in ("what", "redis", "sql", "redis_cpu_s", "sql_cpu_s")},
+        flush=True,
+    )
     return run
 
 
@@ -361,9 +376,7 @@ def _one(grown: float, scenario: Scenario, took_s: float, rest: Run | None, name
     return round((grown - rest[name] * took_s) / scenario.times, 7)
 
 
-def _each(
-    grown: Counter[str], scenario: Scenario, took_s: float, rest: Run | None, name: str
-) -> dict[str, float]:
+def _each(grown: Counter[str], scenario: Scenario, took_s: float, rest: Run | None, name: str) -> dict[str, float]:
     if rest is None:
         return {key: round(count / took_s, 4) for key, count in sorted(grown.items())}
     keys = sorted(grown.keys() | rest[name].keys())

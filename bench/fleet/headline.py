@@ -83,7 +83,9 @@ def _figures(answers: list[Answer], provider_ms: int) -> dict[str, Any]:
     told = [answer for answer in answers if answer.ok]
     documents = [answer.body for answer in told if answer.headers["content-type"] == "application/json"]
     streams = [Events.read(answer.body) for answer in told if answer.headers["content-type"] != "application/json"]
-    texts = {json.loads(body)["assistant_message"]["content"] for body in documents} | {stream.text for stream in streams}
+    texts = {json.loads(body)["assistant_message"]["content"] for body in documents} | {
+        stream.text for stream in streams
+    }
     over = {name: quantile([each.latency_ms for each in told], share) for name, share in SHARES.items()}
     return {
         "ok": len(documents) + sum(stream.last.get("state") == "completed" for stream in streams),

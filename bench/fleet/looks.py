@@ -10,10 +10,10 @@ import time
 from collections.abc import Sequence
 
 import asyncpg
-
 from bench.fleet.servers import DATABASE, Shared, cpu_s_of, shared
 from bench.fleet.wiretap import Wiretap
 from bench.record import Run, command_of, parser_of, save
+
 from oncewise.storage.postgres import open_postgres
 from oncewise.storage.sign_of_life import _FAMILY, _number
 

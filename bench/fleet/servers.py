@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
-
 from bench.http.servers import CORES, ORG, Process, Provider
+
 from oncewise.storage.postgres import upgrade_postgres
 from tests.support.postgres import PostgresServer, own_server
 from tests.support.redis_server import RedisServer
@@ -147,7 +147,7 @@ class Fleet:
         self.servers = servers
         self._threads = ThreadPoolExecutor(max_workers=400)
 
-    def __enter__(self) -> "Fleet":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -156,7 +156,7 @@ class Fleet:
             server.stop()
 
     def ask(self, number: int, path: str, body: object) -> Any:
-        """Send a request to one of them; the result of what this returns is its status and its body, read to the end."""
+        """Send a request to one of them; the result of what this returns is its status and its whole body."""
         return self._threads.submit(self.servers[number].send, path, body)
 
     def new_thread(self) -> str:
