@@ -34,7 +34,7 @@ from oncewise.storage import engines, schema
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
 
-__all__ = ["Finding", "State", "address", "database", "limits", "program", "provider", "redis", "workers"]
+__all__ = ["Finding", "State", "address", "database", "demo", "limits", "program", "provider", "redis", "workers"]
 
 FILES_LOW, FILES_FEW = 1024, 4096
 DISK_LOW_BYTES = 200 * 2**20
@@ -175,7 +175,7 @@ async def database(settings: Settings) -> AsyncIterator[Finding]:
     yield Finding("database", State.OK, f"schema {revision}, as this version has it")
     opened = await engines.open_database(settings, owner=str(uuid7()), visit=True)
     try:
-        async for finding in _opened(opened):
+        async for finding in _opened(opened, settings):
             yield finding
         made, _revoked = await SqlKeyStore(opened, ids=lambda: "").counts()
         if not made and not is_loopback(settings.host):
@@ -196,7 +196,7 @@ def _behind(settings: Settings, revision: str | None) -> Finding:
     return Finding("database", State.NOTE, f"{said}; the server upgrades it at its start", "keep a copy of the file")
 
 
-async def _opened(opened: Database) -> AsyncIterator[Finding]:
+async def _opened(opened: Database, settings: Settings) -> AsyncIterator[Finding]:
     version = "SHOW server_version" if opened.dialect_name == "postgresql" else "SELECT sqlite_version()"
     name = "PostgreSQL" if opened.dialect_name == "postgresql" else "SQLite"
     found = await opened.read(lambda conn: conn.execute(sa.text(version)).scalar_one())
@@ -212,8 +212,33 @@ async def _opened(opened: Database) -> AsyncIterator[Finding]:
     began_s = time.time()
     there_s = await opened.read(database_time_s)
     yield _skew("database", there_s, began_s)
+    if opened.dialect_name == "postgresql" and not settings.database_transaction_pooling:
+        row = await opened.read(lambda conn: conn.execute(_CONNECTIONS).one())
+        yield _room(settings, row.usable, row.used)
     for hazard in await opened.hazards():
-        yield Finding("database", State.NOTE, hazard)
+        yield Finding("database", State.NOTE, hazard, "set it to on in postgresql.conf, and reload PostgreSQL")
+
+
+_CONNECTIONS = sa.text(
+    """\
+SELECT CAST(current_setting('max_connections') AS INT)
+    - CAST(current_setting('superuser_reserved_connections') AS INT)
+    - COALESCE(CAST(current_setting('reserved_connections', TRUE) AS INT), 0) AS usable,
+  (SELECT CAST(COUNT(*) AS INT) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used"""
+)
+
+
+def _room(settings: Settings, usable: int, used: int) -> Finding:
+    """Whether PostgreSQL has room for all connections that a server opens at most."""
+    # One more for each process, which shows that it is alive.
+    needed = settings.workers * (settings.database_connections + 1)
+    said = f"this server opens up to {needed} connections; {max(0, usable - used)} of {usable} are free"
+    if needed <= usable - used:
+        return Finding("database", State.OK, said)
+    # Those that are used may be of this very server, which runs.
+    state = State.NOTE if needed <= usable else State.WRONG
+    mend = "raise max_connections, lower ONCEWISE_DATABASE_CONNECTIONS, or put a pooler in front (see the how-to)"
+    return Finding("database", state, said, mend)
 
 
 def _place(settings: Settings) -> Iterator[Finding]:
@@ -267,6 +292,9 @@ def _skew(check: str, there_s: float, here_s: float) -> Finding:
 async def redis(settings: Settings) -> AsyncIterator[Finding]:
     """Whether it answers, is new enough, runs scripts and streams, keeps what it is given, and tells the same time."""
     if settings.redis_url is None:
+        if settings.database_url.startswith("postgres") and settings.workers == 1:
+            said = "none is set: other servers on this database would see each other's turns a second late"
+            yield Finding("redis", State.NOTE, said, "set ONCEWISE_REDIS_URL, unless this is the only server")
         return
     from oncewise.coordination.wire import BadAddress, Wire, WireFailed
 
@@ -346,6 +374,15 @@ def _versions(facts: dict[str, str], floor: tuple[int, int]) -> Iterator[Finding
 
 
 # -- providers -----------------------------------------------------------------------------------------------------
+
+
+def demo(settings: Settings) -> Iterator[Finding]:
+    """Whether answers are made up."""
+    if settings.demo:
+        yield Finding("providers", State.NOTE, "the demo answers for every provider", "unset ONCEWISE_DEMO")
+    elif not settings.providers:
+        said = "none has a key, so that the demo answers"
+        yield Finding("providers", State.NOTE, said, "set OPENAI_API_KEY, or the key of another provider")
 
 
 async def provider(configured: ProviderSettings) -> Finding:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from oncewise.cli import checks
@@ -146,6 +147,27 @@ async def test_postgres_is_looked_at_without_being_upgraded() -> None:
         assert "a write takes" in said(findings)
 
 
+async def test_a_postgres_with_too_few_connections_is_told_before_a_server_meets_it() -> None:
+    """More than it has is wrong; more than are free now is a note, for they may be this server's own."""
+    async with fresh_database() as url, asyncpg.create_pool(url, min_size=1):
+        for connections, workers, state in ((5, 1, State.OK), (97, 2, State.NOTE), (100, 2, State.WRONG)):
+            settings = Settings(database_url=url, database_connections=connections, workers=workers)
+            (finding,) = (each for each in await found(checks.database(settings)) if "connections" in each.said)
+            assert finding.state is state
+            assert f"up to {workers * (connections + 1)} connections" in finding.said
+            assert bool(finding.mend) == (state is not State.OK)
+        pooled = Settings(database_url=url, database_transaction_pooling=True)
+        assert "connections" not in said(await found(checks.database(pooled)))
+
+
+async def test_a_postgres_that_may_forget_is_a_note_with_what_mends_it() -> None:
+    """The tests' own runs without waiting for its disk."""
+    async with fresh_database() as url:
+        findings = await found(checks.database(Settings(database_url=url)))
+    (finding,) = (each for each in findings if "fsync = off" in each.said)
+    assert (finding.state, finding.mend) == (State.NOTE, "set it to on in postgresql.conf, and reload PostgreSQL")
+
+
 async def test_a_postgres_that_is_not_there_is_wrong_and_its_password_is_not_shown() -> None:
     """One sentence."""
     url = "postgresql://u:very-secret@127.0.0.1:1/d"
@@ -176,6 +198,12 @@ async def test_a_good_server_runs_scripts_and_streams_and_keeps_nothing(server: 
         assert words in said(findings)
     assert server.ask("DBSIZE") == ":0\r\n"
     assert await redis(None) == []
+
+
+async def test_servers_on_one_database_are_told_to_share_a_redis() -> None:
+    """It works without, a second late."""
+    (finding,) = await found(checks.redis(Settings(database_url="postgresql://h/d")))
+    assert (finding.state, "ONCEWISE_REDIS_URL" in finding.mend) == (State.NOTE, True)
 
 
 async def test_a_server_that_drops_any_key_is_a_note(server: RedisServer) -> None:
@@ -240,6 +268,15 @@ async def answering(status: str) -> AsyncIterator[str]:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+def test_answers_that_are_made_up_are_a_note() -> None:
+    """By setting, or for want of a key."""
+    (by_setting,) = checks.demo(Settings(demo=True))
+    (for_want,) = checks.demo(Settings())
+    assert "ONCEWISE_DEMO" in by_setting.mend
+    assert "OPENAI_API_KEY" in for_want.mend
+    assert list(checks.demo(Settings(providers={"openai": openai("http://127.0.0.1:9/v1")}))) == []
 
 
 async def test_a_provider_is_asked_for_its_models_and_for_nothing_that_costs() -> None:
