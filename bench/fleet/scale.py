@@ -1,0 +1,542 @@
+"""How far a fleet goes, from what its work costs: `python -m bench.fleet.scale` writes the page and its plots.
+
+`bench.fleet.costs` says what one turn, one follower and one delta cost Redis and PostgreSQL, and `bench.fleet.looks`
+what the watch for dead workers costs by the size of the fleet. Here they are multiplied, and compared with what one
+Redis, one PostgreSQL and their settings can do. Nothing on the page is typed by hand.
+
+Deliberately absent: queueing. A part that is used for half is taken to be as quick as one that is idle, so that what
+comes out says which part ends first, and not how long anybody waits.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.fleet.plot import Line, plot
+from bench.record import RESULTS, Run
+
+__all__ = ["Costs", "Limit", "Load", "Prices", "limits", "load", "operations", "page", "plots", "prices"]
+
+FOLDER = Path(__file__).parents[2] / "docs" / "explanation"
+SIZES = (10, 100, 1000)
+SHORT, LONG = 20, 120
+GAP_S = 0.05
+"""Deltas of the two kinds of streams that were measured, and the time between two."""
+
+
+# -- what was measured -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What something costs.
+
+    Attributes:
+        commands: That Redis is sent.
+        redis_bytes: To Redis and back.
+        redis_us: Processor time of Redis, in microseconds.
+        statements: That PostgreSQL is sent, BEGIN and COMMIT included.
+        writes: Transactions among them that write.
+        sql_bytes: To PostgreSQL and back.
+        sql_us: Processor time of PostgreSQL, in microseconds.
+    """
+
+    commands: float = 0.0
+    redis_bytes: float = 0.0
+    redis_us: float = 0.0
+    statements: float = 0.0
+    writes: float = 0.0
+    sql_bytes: float = 0.0
+    sql_us: float = 0.0
+
+    @classmethod
+    def of(cls, run: Run) -> "Costs":
+        """What a scenario cost."""
+        return cls(
+            sum(run["redis"].values()),
+            run["redis_sent"] + run["redis_received"],
+            run["redis_cpu_s"] * 1e6,
+            sum(run["sql"].values()),
+            run["sql"].get("BEGIN WRITE", 0.0),
+            run["sql_sent"] + run["sql_received"],
+            run["sql_cpu_s"] * 1e6,
+        )
+
+    def __add__(self, other: "Costs") -> "Costs":
+        return Costs(*(getattr(self, name) + getattr(other, name) for name in NAMES))
+
+    def __sub__(self, other: "Costs") -> "Costs":
+        return self + other * -1
+
+    def __mul__(self, times: float) -> "Costs":
+        return Costs(*(getattr(self, name) * times for name in NAMES))
+
+    def __truediv__(self, times: float) -> "Costs":
+        return self * (1 / times)
+
+
+NAMES = tuple(Costs.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What each kind of work costs.
+
+    Attributes:
+        idle: A worker, each second.
+        turn: A turn that a request leads: JSON, one second long.
+        second: Each further second that it runs.
+        here: A follower at the same worker.
+        there: Another worker that follows, with one request.
+        there_second: Each further second that it follows.
+        there_more: A further follower there.
+        shown: A delta shown where its turn is led.
+        told: A delta told to Redis for others.
+        read: A delta read by another worker, which reads ten such turns.
+        read_40: The same, which reads forty.
+        call, call_here, call_there, call_there_more: The same on `/v1`, of calls a second long.
+    """
+
+    idle: Costs
+    turn: Costs
+    second: Costs
+    here: Costs
+    there: Costs
+    there_second: Costs
+    there_more: Costs
+    shown: Costs
+    told: Costs
+    read: Costs
+    read_40: Costs
+    call: Costs
+    call_here: Costs
+    call_there: Costs
+    call_there_more: Costs
+
+
+def prices(document: Mapping[str, Any]) -> Prices:
+    """The differences between scenarios that differ in one thing."""
+    runs = {run["what"]: run for run in document["runs"]}
+    cost = {what: Costs.of(run) for what, run in runs.items()}
+    second = (cost["turn, 11 s long"] - cost["turn"]) / 10
+    there = cost["turn, 1 follows there"] - cost["turn"]
+    there_second = (cost["turn, 11 s long, 1 follows there"] - cost["turn, 1 follows there"]) / 10 - second
+    call_there = cost["call, 1 follows there"] - cost["call"]
+
+    def delta(who: str, following: int) -> Costs:
+        longer = cost[who.format(LONG)] - cost[who.format(SHORT)]
+        passing = (second + there_second * following) * ((LONG - SHORT) * GAP_S)
+        return (longer - passing) / (LONG - SHORT)
+
+    told_to_one = delta("10 streams of {}, 1 sees each there", 1)
+    read = delta("10 streams of {}, 1 sees each there and 1 farther", 2) - told_to_one
+    told = told_to_one - read
+    return Prices(
+        idle=cost["idle"] / runs["idle"]["workers"],
+        turn=cost["turn"],
+        second=second,
+        here=(cost["turn, 10 follow here"] - cost["turn"]) / 10,
+        there=there,
+        there_second=there_second,
+        there_more=(cost["turn, 11 follow there"] - cost["turn, 1 follows there"]) / 10,
+        shown=delta("stream of {}, seen here", 0),
+        told=told,
+        read=read,
+        read_40=delta("40 streams of {}, 1 sees each there", 1) - told,
+        call=cost["call"],
+        call_here=(cost["call, 10 follow here"] - cost["call"]) / 10,
+        call_there=call_there,
+        call_there_more=(cost["call, 11 follow there"] - cost["call, 1 follows there"]) / 10,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look for dead workers costs beyond one in a small and idle fleet, which `Prices.idle` has."""
+
+    by_worker: Costs
+    by_turn: Costs
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> "Look":
+        """From fleets that differ in one of the two."""
+        found = {(run["workers"], run["turns"]): run for run in document["runs"]}
+
+        def between(one: tuple[int, int], other: tuple[int, int], by: int) -> Costs:
+            more = {name: (found[one][name] - found[other][name]) / by for name in ("sql_received", "sql_cpu_s")}
+            return Costs(sql_bytes=more["sql_received"], sql_us=more["sql_cpu_s"] * 1e6)
+
+        return cls(
+            between((1000, 4000), (100, 4000), 900),
+            between((1000, 40_000), (1000, 4000), 36_000),
+        )
+
+    def at(self, workers: int, turns: float) -> Costs:
+        """One look at a fleet of this size."""
+        return self.by_worker * workers + self.by_turn * turns
+
+
+# -- what follows ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What each worker of a fleet has to do; a server of one core is busy with it.
+
+    Attributes:
+        turns_per_s: That it leads.
+        seconds: How long each runs.
+        deltas: Of each.
+        followers: Further requests for each, at any worker.
+    """
+
+    turns_per_s: float = 4.0
+    seconds: float = 10.0
+    deltas: int = 200
+    followers: int = 1
+
+    @property
+    def running(self) -> float:
+        """Turns that a worker leads at any moment."""
+        return self.turns_per_s * self.seconds
+
+    def elsewhere(self, workers: int) -> float:
+        """How many other workers follow a turn, if each follower comes to any worker alike."""
+        return (workers - 1) * (1 - (1 - 1 / workers) ** self.followers)
+
+
+def parts(price: Prices, look: Look, work: Load, workers: int) -> dict[str, Costs]:
+    """What a fleet costs each second, by what it is for."""
+    others = work.elsewhere(workers)
+    there = work.followers * (workers - 1) / workers
+    turns = workers * work.turns_per_s
+    return {
+        "workers that are there": price.idle * workers,
+        "turns": price.turn * turns,
+        "turns that run on": price.second * (turns * (work.seconds - 1)),
+        "followers at the same worker": price.here * (turns * (work.followers - there)),
+        "followers elsewhere": price.there * (turns * others) + price.there_more * (turns * (there - others)),
+        "followers elsewhere that wait": price.there_second * (turns * others * (work.seconds - 1)),
+        "deltas, told": price.told * (turns * min(1.0, others) * work.deltas),
+        "deltas, read": price.read_40 * (turns * others * work.deltas),
+        "looks for dead workers": look.at(workers, workers * work.running) * workers,
+    }
+
+
+def load(price: Prices, look: Look, work: Load, workers: int) -> Costs:
+    """What a fleet costs each second."""
+    return sum(parts(price, look, work, workers).values(), Costs())
+
+
+CONNECTIONS = 6
+"""Of a worker to PostgreSQL: five for transactions and its sign of life."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Something that a fleet uses up.
+
+    Attributes:
+        of: What there is of it.
+        used: What a fleet of some size uses, in the same unit, from its costs each second.
+        mend: What to do when it is used up.
+    """
+
+    what: str
+    of: float
+    unit: str
+    used: Callable[[Costs, int], float]
+    mend: str
+
+    def reached(self, price: Prices, look: Look, work: Load) -> int | None:
+        """The smallest fleet that it does not suffice for; None if ten thousand workers are fine."""
+        low, high = 0, 10_001
+        while high - low > 1:
+            middle = (low + high) // 2
+            over = self.used(load(price, look, work, middle), middle) > self.of
+            low, high = (low, middle) if over else (middle, high)
+        return None if high > 10_000 else high
+
+
+LIMITS = (
+    Limit(
+        "connections of PostgreSQL as it is installed",
+        97,
+        "connections",
+        lambda _, workers: CONNECTIONS * workers,
+        "a setting: raise `max_connections`, or put PgBouncer in front",
+    ),
+    Limit(
+        "the core of one Redis",
+        1,
+        "cores",
+        lambda costs, _: costs.redis_us / 1e6,
+        "one Redis for each group of tenants, or fewer and larger entries: a batch of 50 ms halves the deltas' part",
+    ),
+    Limit(
+        "the network of Redis, 10 Gbit/s",
+        1250,
+        "MB/s",
+        lambda costs, _: costs.redis_bytes / 1e6,
+        "names of logs that are shorter, or a read for each group of logs: every read names all logs that are read",
+    ),
+    Limit(
+        "eight cores of PostgreSQL",
+        8,
+        "cores",
+        lambda costs, _: costs.sql_us / 1e6,
+        "a larger machine, or a database for each group of tenants",
+    ),
+    Limit(
+        "the disk of PostgreSQL, 10,000 commits a second",
+        10_000,
+        "commits/s",
+        lambda costs, _: costs.writes,
+        "a disk that acknowledges sooner, or a database for each group of tenants",
+    ),
+    Limit(
+        "the network of PostgreSQL, 10 Gbit/s",
+        1250,
+        "MB/s",
+        lambda costs, _: costs.sql_bytes / 1e6,
+        "one look for dead workers for all, made by one worker at a time, instead of one each",
+    ),
+)
+
+
+def limits(price: Prices, look: Look, work: Load) -> list[tuple[Limit, int | None]]:
+    """Each limit and the smallest fleet it does not suffice for, the first one first."""
+    found = [(limit, limit.reached(price, look, work)) for limit in LIMITS]
+    return sorted(found, key=lambda pair: pair[1] or 10**9)
+
+
+# -- the page ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Write the page and its plots."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    documents = recorded()
+    for name, text in {"scale.md": page(*documents), **plots(*documents)}.items():
+        (FOLDER / name).write_text(text)
+        print(f"docs/explanation/{name}")
+
+
+def recorded() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was recorded of costs and of looks."""
+    costs, looks = (json.loads((RESULTS / f"fleet-{name}.json").read_text()) for name in ("costs", "looks"))
+    return costs, looks
+
+
+def plots(costs: Mapping[str, Any], looks: Mapping[str, Any]) -> dict[str, str]:
+    """The plots by the names of their files."""
+    price, look, work = prices(costs), Look.of(looks), Load()
+    sizes = [2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000]
+    loads = {size: load(price, look, work, size) for size in sizes}
+
+    def line(label: str, value: Callable[[Costs], float]) -> Line:
+        return Line(label, [(size, value(each)) for size, each in loads.items()])
+
+    return {
+        "scale-cores.svg": plot(
+            "Processor time that a fleet needs of Redis and PostgreSQL",
+            "workers",
+            "cores",
+            [
+                line("Redis", lambda each: each.redis_us / 1e6),
+                line("PostgreSQL", lambda each: each.sql_us / 1e6),
+                Line("one core, all Redis uses", [(2, 1.0), (1000, 1.0)], limit=True),
+            ],
+        ),
+        "scale-operations.svg": plot(
+            "What a fleet asks of Redis and PostgreSQL",
+            "workers",
+            "per second",
+            [
+                line("commands to Redis", lambda each: each.commands),
+                line("SQL statements", lambda each: each.statements),
+                line("write transactions", lambda each: each.writes),
+            ],
+        ),
+    }
+
+
+HEAD = """\
+# How far a fleet goes
+
+What one turn costs Redis and PostgreSQL was measured; what a thousand workers would cost them is multiplication. This
+page shows both, and which part ends first. It is written by `python -m bench.fleet.scale` from the recorded results.
+"""
+WORDS = {
+    "idle": "a worker that is there, each second",
+    "turn": "a turn, asked for as JSON, 1 s long",
+    "second": "… each further second that it runs",
+    "here": "… a follower at the same worker",
+    "there": "… another worker that follows, with one request",
+    "there_second": "… … each further second that it follows",
+    "there_more": "… … a further follower there",
+    "shown": "a delta, shown where its turn is led",
+    "told": "… told to Redis, once for all other workers that show it",
+    "read": "… … read by one of those, which reads ten such turns",
+    "read_40": "… … read by one of those, which reads forty",
+    "call": "a call of `/v1`, 1 s long",
+    "call_here": "… a follower at the same worker",
+    "call_there": "… another worker that follows, with one request",
+    "call_there_more": "… … a further follower there",
+}
+
+
+def operations(document: Mapping[str, Any]) -> str:
+    """What each kind of work asks, as a table."""
+    price = prices(document)
+    heads = ["", "Redis commands", "Redis bytes", "Redis CPU µs", "SQL statements", "of them write transactions"]
+    lines = [_row([*heads, "SQL bytes", "SQL CPU µs"]), "|" + "---|" * 8]
+    for name, words in WORDS.items():
+        cost: Costs = getattr(price, name)
+        cells = [_figure(getattr(cost, each), 1 if each in SMALL else 0) for each in NAMES]
+        lines.append(_row([words, *cells]))
+    return "\n".join(lines)
+
+
+SMALL = {"commands", "statements", "writes"}
+
+
+def page(costs: Mapping[str, Any], looks: Mapping[str, Any]) -> str:
+    """The page as the recorded results make it."""
+    price, look, work = prices(costs), Look.of(looks), Load()
+    return "\n".join(
+        [
+            HEAD,
+            _measured(costs),
+            _assumed(work),
+            _arithmetic(price, look, work),
+            _sizes(price, look, work),
+            _ends(price, look, work, looks),
+        ]
+    )
+
+
+def _measured(document: Mapping[str, Any]) -> str:
+    idle = next(run for run in document["runs"] if run["what"] == "idle")
+    each = idle["redis_connections"] / idle["workers"]
+    return f"""\
+## What work costs
+
+Three servers of one worker each, on one PostgreSQL and one Valkey; each row is the difference of two measurements that
+differ in this alone, less what the idle fleet asks in as long. Bytes are those of both directions. Commands inside of a
+script are not counted, but their time is. {_source(document)}
+
+{operations(document)}
+
+A figure near zero is zero: it is a difference of two that vary. Each worker holds {each:.0f} connections to Redis, one
+that asks and one that waits, whatever it does, and up to {CONNECTIONS} to PostgreSQL. Nobody has a connection of his own
+for waiting or watching, and nothing is told to Redis of a turn that nobody follows elsewhere.
+"""
+
+
+def _source(document: Mapping[str, Any]) -> str:
+    changed = f" with {document['changed_files']} changed files in src" if document["changed_files"] else ""
+    place = f"Python {document['python']}, {document['kernel']}, {document['cores']} cores"
+    return f"`{document['command']}` at {document['commit']}{changed}, {document['date']}; {place}."
+
+
+def _assumed(work: Load) -> str:
+    return f"""\
+## What a worker has to do
+
+A worker that is busy leads {work.turns_per_s:g} turns a second, each {work.seconds:g} s long with {work.deltas} deltas, so
+that {work.running:g} run at any moment, and to each comes {work.followers} further request for its stream, at any worker of
+the fleet alike. With N workers that is another one in (N - 1) / N of all cases: in a fleet without affinity nearly every
+follower is elsewhere, and every delta goes through Redis. This is a heavy load on purpose.
+"""
+
+
+def _arithmetic(price: Prices, look: Look, work: Load, workers: int = 100) -> str:
+    each = parts(price, look, work, workers)
+    whole = load(price, look, work, workers)
+    lines = [_row(["each second", "Redis commands", "Redis cores", "SQL statements", "SQL cores"]), "|" + "---|" * 5]
+    for what, cost in [*each.items(), ("**all**", whole)]:
+        cores = [f"{us / 1e6:.3f}" for us in (cost.redis_us, cost.sql_us)]
+        lines.append(_row([what, _figure(cost.commands), cores[0], _figure(cost.statements), cores[1]]))
+    turns = workers * work.turns_per_s
+    others = work.elsewhere(workers)
+    told = price.told.redis_us
+    read = price.read_40.redis_us
+    return f"""\
+## The arithmetic, for {workers} workers
+
+{workers} × {work.turns_per_s:g} = {turns:g} turns a second; {others:.2f} other workers follow each; × {work.deltas} =
+{turns * work.deltas:,.0f} deltas a second, and {turns * others * work.deltas:,.0f} that are read elsewhere. For the deltas
+Redis needs {turns * min(1, others) * work.deltas:,.0f} × {told:.1f} µs + {turns * others * work.deltas:,.0f} × {read:.1f} µs
+= {(turns * min(1, others) * work.deltas * told + turns * others * work.deltas * read) / 1e6:.3f} s of processor time each
+second. The other rows are made in the same way, from the table above.
+
+{chr(10).join(lines)}
+"""
+
+
+def _sizes(price: Prices, look: Look, work: Load) -> str:
+    rows: dict[str, Callable[[Costs, int], str]] = {
+        "commands to Redis, per second": lambda cost, _: _figure(cost.commands),
+        "MB to and from Redis, per second": lambda cost, _: _figure(cost.redis_bytes / 1e6, 1),
+        "cores of Redis": lambda cost, _: f"{cost.redis_us / 1e6:.2f}",
+        "SQL statements, per second": lambda cost, _: _figure(cost.statements),
+        "write transactions, per second": lambda cost, _: _figure(cost.writes),
+        "MB to and from PostgreSQL, per second": lambda cost, _: _figure(cost.sql_bytes / 1e6, 1),
+        "cores of PostgreSQL": lambda cost, _: f"{cost.sql_us / 1e6:.2f}",
+        "connections to Redis": lambda _, workers: f"{2 * workers:,}",
+        "connections to PostgreSQL": lambda _, workers: f"{CONNECTIONS * workers:,}",
+    }
+    lines = [_row(["workers", *(f"{size:,}" for size in SIZES)]), "|" + "---|" * (1 + len(SIZES))]
+    loads = {size: load(price, look, work, size) for size in SIZES}
+    lines += [_row([what, *(value(cost, size) for size, cost in loads.items())]) for what, value in rows.items()]
+    return f"""\
+## 10, 100 and 1,000 workers
+
+{chr(10).join(lines)}
+
+![Cores of Redis and PostgreSQL by the number of workers](scale-cores.svg)
+
+![Commands and statements by the number of workers](scale-operations.svg)
+"""
+
+
+def _ends(price: Prices, look: Look, work: Load, looks: Mapping[str, Any]) -> str:
+    found = limits(price, look, work)
+    lines = [_row(["what there is", "ends at", "what then"]), "|---|---|---|"]
+    for limit, workers in found:
+        lines.append(_row([limit.what, f"{workers:,} workers" if workers else "-", limit.mend]))
+    (first, at), (second, then) = found[0], next(pair for pair in found if "a setting" not in pair[0].mend)
+    turns = work.running * 1000
+    square = look.at(1000, turns) * 1000
+    return f"""\
+## What ends first
+
+{chr(10).join(lines)}
+
+**The first bottleneck is {first.what}**, at {at} workers: {CONNECTIONS} × {at} = {CONNECTIONS * (at or 0)}, of {first.of:g}.
+The first that no setting mends is **{second.what}**, at {then} workers of this load, which is
+{(then or 0) * work.turns_per_s:,.0f} turns and {(then or 0) * work.turns_per_s * (1 + work.followers):,.0f} requests a second.
+
+One cost grows with the square of the fleet: each worker looks once a second at who is alive and who holds open turns.
+At 1,000 workers with {turns:,.0f} open turns that is {square.sql_us / 1e6:.1f} cores and {square.sql_bytes / 1e6:,.0f} MB/s, of
+{load(price, look, work, 1000).sql_us / 1e6:.1f} cores in all. {_source(looks)}
+
+What is not in here: machines further apart than loopback, which makes everything later and nothing more, and a disk that
+is waited for. How a fleet behaves when parts of it fail is not a matter of size; `make simulate` plays that.
+"""
+
+
+def _figure(value: float, digits: int = 0) -> str:
+    text = f"{value:,.{digits}f}"
+    return text.removeprefix("-") if float(text.replace(",", "")) == 0 else text
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()
