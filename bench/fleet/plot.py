@@ -87,7 +87,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> Iterable[str]:
     for value in y_axis.decades:
         y = y_axis.at(value)
         yield f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>'
-        yield _text(LEFT - 8, y + 4, f"{value:,g}", anchor="end")
+        yield _text(LEFT - 8, y + 4, f"{value:,.0f}" if value >= 1 else f"{value:g}", anchor="end")
 
 
 def _drawn(lines: Sequence[Line], x_axis: _Axis, y_axis: _Axis) -> Iterable[str]:

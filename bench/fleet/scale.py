@@ -1,8 +1,9 @@
 """How far a fleet goes, from what its work costs: `python -m bench.fleet.scale` writes the page and its plots.
 
-`bench.fleet.costs` says what one turn, one follower and one delta cost Redis and PostgreSQL, and `bench.fleet.looks`
-what the watch for dead workers costs by the size of the fleet. Here they are multiplied, and compared with what one
-Redis, one PostgreSQL and their settings can do. Nothing on the page is typed by hand.
+`bench.fleet.costs` says what one turn, one follower and one delta cost Redis and PostgreSQL, `bench.fleet.relay` what
+a delta costs a Redis that is busy, and `bench.fleet.looks` what the watch for dead workers costs by the size of the
+fleet. Here they are multiplied, and compared with what one Redis, one PostgreSQL and their settings can do. Nothing on
+the page is typed by hand.
 
 Deliberately absent: queueing. A part that is used for half is taken to be as quick as one that is idle, so that what
 comes out says which part ends first, and not how long anybody waits.
@@ -10,14 +11,29 @@ comes out says which part ends first, and not how long anybody waits.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.fleet.plot import Line, plot
 from bench.record import RESULTS, Run
 
-__all__ = ["Costs", "Limit", "Load", "Prices", "limits", "load", "operations", "page", "plots", "prices"]
+__all__ = [
+    "LIMITS",
+    "Costs",
+    "Limit",
+    "Load",
+    "Model",
+    "limits",
+    "load",
+    "operations",
+    "page",
+    "parts",
+    "plots",
+    "prices",
+    "recorded",
+]
 
 FOLDER = Path(__file__).parents[2] / "docs" / "explanation"
 SIZES = (10, 100, 1000)
@@ -78,6 +94,7 @@ class Costs:
 
 
 NAMES = tuple(Costs.__dataclass_fields__)
+IN_REDIS = {"commands", "redis_bytes", "redis_us"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +107,12 @@ class Prices:
         second: Each further second that it runs.
         here: A follower at the same worker.
         there: Another worker that follows, with one request.
-        there_second: Each further second that it follows.
+        there_second: Each further second that it follows for JSON, and looks at the row.
+        watch_second: The same for events, which come by themselves.
         there_more: A further follower there.
         shown: A delta shown where its turn is led.
-        told: A delta told to Redis for others.
-        read: A delta read by another worker, which reads ten such turns.
-        read_40: The same, which reads forty.
+        passed_1, passed_10, passed_40: A delta told to Redis and read by one other worker, which reads so many turns.
+        read: A delta read by a further worker.
         call, call_here, call_there, call_there_more: The same on `/v1`, of calls a second long.
     """
 
@@ -105,11 +122,13 @@ class Prices:
     here: Costs
     there: Costs
     there_second: Costs
+    watch_second: Costs
     there_more: Costs
     shown: Costs
-    told: Costs
+    passed_1: Costs
+    passed_10: Costs
+    passed_40: Costs
     read: Costs
-    read_40: Costs
     call: Costs
     call_here: Costs
     call_there: Costs
@@ -125,14 +144,25 @@ def prices(document: Mapping[str, Any]) -> Prices:
     there_second = (cost["turn, 11 s long, 1 follows there"] - cost["turn, 1 follows there"]) / 10 - second
     call_there = cost["call, 1 follows there"] - cost["call"]
 
-    def delta(who: str, following: int) -> Costs:
-        longer = cost[who.format(LONG)] - cost[who.format(SHORT)]
-        passing = (second + there_second * following) * ((LONG - SHORT) * GAP_S)
-        return (longer - passing) / (LONG - SHORT)
+    def longer(who: str) -> Costs:
+        return cost[who.format(LONG)] - cost[who.format(SHORT)]
 
-    told_to_one = delta("10 streams of {}, 1 sees each there", 1)
-    read = delta("10 streams of {}, 1 sees each there and 1 farther", 2) - told_to_one
-    told = told_to_one - read
+    passing_s = (LONG - SHORT) * GAP_S
+    shown = (longer("stream of {}, seen here") - second * passing_s) / (LONG - SHORT)
+    # What has come so far is stored now and then: bytes, but no statement that would not be made anyway.
+    shown = Costs(sql_bytes=shown.sql_bytes, sql_us=shown.sql_us)
+    # No statement is made for a delta that another worker reads: what there is of them is made as time passes.
+    in_sql = (longer("40 streams of {}, 1 sees each there") - shown * (LONG - SHORT)) / passing_s - second
+    watch_second = _joined(there_second, in_sql)
+
+    def passed(who: str) -> Costs:
+        each = (longer(who) - (second + there_second) * passing_s) / (LONG - SHORT)
+        return _joined(each, Costs())
+
+    passed_10 = passed("10 streams of {}, 1 sees each there")
+    farther = longer("10 streams of {}, 1 sees each there and 1 farther") - longer(
+        "10 streams of {}, 1 sees each there"
+    )
     return Prices(
         idle=cost["idle"] / runs["idle"]["workers"],
         turn=cost["turn"],
@@ -140,16 +170,29 @@ def prices(document: Mapping[str, Any]) -> Prices:
         here=(cost["turn, 10 follow here"] - cost["turn"]) / 10,
         there=there,
         there_second=there_second,
+        watch_second=watch_second,
         there_more=(cost["turn, 11 follow there"] - cost["turn, 1 follows there"]) / 10,
-        shown=delta("stream of {}, seen here", 0),
-        told=told,
-        read=read,
-        read_40=delta("40 streams of {}, 1 sees each there", 1) - told,
+        shown=shown,
+        passed_1=passed("stream of {}, 1 sees it there"),
+        passed_10=passed_10,
+        passed_40=passed("40 streams of {}, 1 sees each there"),
+        read=_joined((farther - there_second * passing_s) / (LONG - SHORT), Costs()),
         call=cost["call"],
         call_here=(cost["call, 10 follow here"] - cost["call"]) / 10,
         call_there=call_there,
         call_there_more=(cost["call, 11 follow there"] - cost["call, 1 follows there"]) / 10,
     )
+
+
+def _joined(in_redis: Costs, in_sql: Costs) -> Costs:
+    """What one costs Redis, and the other PostgreSQL."""
+    return Costs(*(getattr(in_redis if name in IN_REDIS else in_sql, name) for name in NAMES))
+
+
+def busy_us(document: Mapping[str, Any], logs: int = 40) -> float:
+    """Processor time of a delta that is told and read, of a Redis that is busy."""
+    found: list[float] = [run["redis_us"] for run in document["runs"] if run["logs"] == logs]
+    return median(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +250,30 @@ class Load:
         return (workers - 1) * (1 - (1 - 1 / workers) ** self.followers)
 
 
-def parts(price: Prices, look: Look, work: Load, workers: int) -> dict[str, Costs]:
+@dataclass(frozen=True, slots=True)
+class Model:
+    """All that was measured.
+
+    Attributes:
+        price: With deltas as they cost a Redis that is busy: that is what decides where it ends.
+        woken_us: What a delta costs one that is woken for each command.
+    """
+
+    price: Prices
+    look: Look
+    woken_us: float
+
+    @classmethod
+    def of(cls, documents: Mapping[str, Mapping[str, Any]]) -> "Model":
+        """From the recorded results."""
+        price = prices(documents["costs"])
+        busy = replace(price.passed_40, redis_us=busy_us(documents["relay"]))
+        return cls(replace(price, passed_40=busy), Look.of(documents["looks"]), price.passed_40.redis_us)
+
+
+def parts(model: Model, work: Load, workers: int) -> dict[str, Costs]:
     """What a fleet costs each second, by what it is for."""
+    price, look = model.price, model.look
     others = work.elsewhere(workers)
     there = work.followers * (workers - 1) / workers
     turns = workers * work.turns_per_s
@@ -218,16 +283,17 @@ def parts(price: Prices, look: Look, work: Load, workers: int) -> dict[str, Cost
         "turns that run on": price.second * (turns * (work.seconds - 1)),
         "followers at the same worker": price.here * (turns * (work.followers - there)),
         "followers elsewhere": price.there * (turns * others) + price.there_more * (turns * (there - others)),
-        "followers elsewhere that wait": price.there_second * (turns * others * (work.seconds - 1)),
-        "deltas, told": price.told * (turns * min(1.0, others) * work.deltas),
-        "deltas, read": price.read_40 * (turns * others * work.deltas),
+        "followers elsewhere, as time passes": price.watch_second * (turns * others * (work.seconds - 1)),
+        "deltas, shown where they are led": price.shown * (turns * work.deltas),
+        "deltas, told and read once": price.passed_40 * (turns * min(1.0, others) * work.deltas),
+        "deltas, read by further workers": price.read * (turns * max(0.0, others - 1) * work.deltas),
         "looks for dead workers": look.at(workers, workers * work.running) * workers,
     }
 
 
-def load(price: Prices, look: Look, work: Load, workers: int) -> Costs:
+def load(model: Model, work: Load, workers: int) -> Costs:
     """What a fleet costs each second."""
-    return sum(parts(price, look, work, workers).values(), Costs())
+    return sum(parts(model, work, workers).values(), Costs())
 
 
 CONNECTIONS = 6
@@ -250,12 +316,12 @@ class Limit:
     used: Callable[[Costs, int], float]
     mend: str
 
-    def reached(self, price: Prices, look: Look, work: Load) -> int | None:
+    def reached(self, model: Model, work: Load) -> int | None:
         """The smallest fleet that it does not suffice for; None if ten thousand workers are fine."""
         low, high = 0, 10_001
         while high - low > 1:
             middle = (low + high) // 2
-            over = self.used(load(price, look, work, middle), middle) > self.of
+            over = self.used(load(model, work, middle), middle) > self.of
             low, high = (low, middle) if over else (middle, high)
         return None if high > 10_000 else high
 
@@ -273,7 +339,7 @@ LIMITS = (
         1,
         "cores",
         lambda costs, _: costs.redis_us / 1e6,
-        "one Redis for each group of tenants, or fewer and larger entries: a batch of 50 ms halves the deltas' part",
+        "one Redis for each group of tenants, or fewer and larger entries: batches of 50 ms instead of 25",
     ),
     Limit(
         "the network of Redis, 10 Gbit/s",
@@ -306,9 +372,9 @@ LIMITS = (
 )
 
 
-def limits(price: Prices, look: Look, work: Load) -> list[tuple[Limit, int | None]]:
+def limits(model: Model, work: Load) -> list[tuple[Limit, int | None]]:
     """Each limit and the smallest fleet it does not suffice for, the first one first."""
-    found = [(limit, limit.reached(price, look, work)) for limit in LIMITS]
+    found = [(limit, limit.reached(model, work)) for limit in LIMITS]
     return sorted(found, key=lambda pair: pair[1] or 10**9)
 
 
@@ -319,22 +385,21 @@ def main() -> None:
     """Write the page and its plots."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     documents = recorded()
-    for name, text in {"scale.md": page(*documents), **plots(*documents)}.items():
+    for name, text in {"scale.md": page(documents), **plots(documents)}.items():
         (FOLDER / name).write_text(text)
         print(f"docs/explanation/{name}")
 
 
-def recorded() -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was recorded of costs and of looks."""
-    costs, looks = (json.loads((RESULTS / f"fleet-{name}.json").read_text()) for name in ("costs", "looks"))
-    return costs, looks
+def recorded() -> dict[str, dict[str, Any]]:
+    """What was recorded, by the name of the program."""
+    return {name: json.loads((RESULTS / f"fleet-{name}.json").read_text()) for name in ("costs", "looks", "relay")}
 
 
-def plots(costs: Mapping[str, Any], looks: Mapping[str, Any]) -> dict[str, str]:
+def plots(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The plots by the names of their files."""
-    price, look, work = prices(costs), Look.of(looks), Load()
+    model, work = Model.of(documents), Load()
     sizes = [2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000]
-    loads = {size: load(price, look, work, size) for size in sizes}
+    loads = {size: load(model, work, size) for size in sizes}
 
     def line(label: str, value: Callable[[Costs], float]) -> Line:
         return Line(label, [(size, value(each)) for size, each in loads.items()])
@@ -375,12 +440,14 @@ WORDS = {
     "second": "… each further second that it runs",
     "here": "… a follower at the same worker",
     "there": "… another worker that follows, with one request",
-    "there_second": "… … each further second that it follows",
+    "there_second": "… … each further second that it waits for JSON",
+    "watch_second": "… … each further second that it watches events",
     "there_more": "… … a further follower there",
     "shown": "a delta, shown where its turn is led",
-    "told": "… told to Redis, once for all other workers that show it",
-    "read": "… … read by one of those, which reads ten such turns",
-    "read_40": "… … read by one of those, which reads forty",
+    "passed_1": "… told to Redis and read by another worker, which reads 1 turn",
+    "passed_10": "… … which reads 10 turns",
+    "passed_40": "… … which reads 40 turns",
+    "read": "… … read by a further worker, which reads 10 turns",
     "call": "a call of `/v1`, 1 s long",
     "call_here": "… a follower at the same worker",
     "call_there": "… another worker that follows, with one request",
@@ -403,37 +470,44 @@ def operations(document: Mapping[str, Any]) -> str:
 SMALL = {"commands", "statements", "writes"}
 
 
-def page(costs: Mapping[str, Any], looks: Mapping[str, Any]) -> str:
+def page(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The page as the recorded results make it."""
-    price, look, work = prices(costs), Look.of(looks), Load()
+    model, work = Model.of(documents), Load()
     return "\n".join(
         [
             HEAD,
-            _measured(costs),
+            _measured(documents),
             _assumed(work),
-            _arithmetic(price, look, work),
-            _sizes(price, look, work),
-            _ends(price, look, work, looks),
+            _arithmetic(model, work),
+            _sizes(model, work),
+            _ends(model, work, documents),
         ]
     )
 
 
-def _measured(document: Mapping[str, Any]) -> str:
-    idle = next(run for run in document["runs"] if run["what"] == "idle")
+def _measured(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    costs, relay = documents["costs"], documents["relay"]
+    idle = next(run for run in costs["runs"] if run["what"] == "idle")
     each = idle["redis_connections"] / idle["workers"]
     return f"""\
 ## What work costs
 
-Three servers of one worker each, on one PostgreSQL and one Valkey; each row is the difference of two measurements that
-differ in this alone, less what the idle fleet asks in as long. Bytes are those of both directions. Commands inside of a
-script are not counted, but their time is. {_source(document)}
+Three servers of one worker each, on one PostgreSQL and one Valkey. Each row is the difference of measurements that differ
+in this alone, less what the idle fleet asks in as long. Bytes are those of both directions; commands inside of a script
+are not counted, but their time is. A figure near zero is zero: it is a difference of two that vary.
 
-{operations(document)}
+{_source(costs)}
 
-A figure near zero is zero: it is a difference of two that vary. Each worker holds {each:.0f} connections to Redis, one
-that asks and one that waits, whatever it does, and up to {CONNECTIONS} to PostgreSQL. Nobody has a connection of his own
-for waiting or watching, and nothing is told to Redis of a turn that nobody follows elsewhere.
-"""
+{operations(costs)}
+
+Each worker holds {each:.0f} connections to Redis, one that asks and one that waits, whatever it does, and up to
+{CONNECTIONS} to PostgreSQL. No viewer and no waiting request has one of its own, and nothing is told to Redis of a turn
+that nobody follows elsewhere.
+
+A Redis that has little to do is woken for each command, which is what costs it most. One that is busy takes many at a
+time: then a delta that is told and read, with 40 logs at once, costs {busy_us(relay):.1f} µs of its time, and
+{busy_us(relay, 1):.1f} µs with one. {_source(relay)}
+"""  # noqa: E501  lines of the page, with figures in them
 
 
 def _source(document: Mapping[str, Any]) -> str:
@@ -446,51 +520,49 @@ def _assumed(work: Load) -> str:
     return f"""\
 ## What a worker has to do
 
-A worker that is busy leads {work.turns_per_s:g} turns a second, each {work.seconds:g} s long with {work.deltas} deltas, so
-that {work.running:g} run at any moment, and to each comes {work.followers} further request for its stream, at any worker of
-the fleet alike. With N workers that is another one in (N - 1) / N of all cases: in a fleet without affinity nearly every
-follower is elsewhere, and every delta goes through Redis. This is a heavy load on purpose.
-"""
+A busy worker leads {work.turns_per_s:g} turns a second, each {work.seconds:g} s long with {work.deltas} deltas, so that
+{work.running:g} run at any moment. To each comes {work.followers} further request for its stream, at any worker alike: of N
+workers it is another one in (N - 1) / N of all cases. So in a large fleet nearly every follower is elsewhere, and every
+delta goes through Redis. That is a heavy load on purpose.
+"""  # noqa: E501  lines of the page, with figures in them
 
 
-def _arithmetic(price: Prices, look: Look, work: Load, workers: int = 100) -> str:
-    each = parts(price, look, work, workers)
-    whole = load(price, look, work, workers)
+def _arithmetic(model: Model, work: Load, workers: int = 100) -> str:
+    each = parts(model, work, workers)
     lines = [_row(["each second", "Redis commands", "Redis cores", "SQL statements", "SQL cores"]), "|" + "---|" * 5]
-    for what, cost in [*each.items(), ("**all**", whole)]:
-        cores = [f"{us / 1e6:.3f}" for us in (cost.redis_us, cost.sql_us)]
+    for what, cost in [*each.items(), ("**all**", load(model, work, workers))]:
+        cores = [_figure(us / 1e6, 3) for us in (cost.redis_us, cost.sql_us)]
         lines.append(_row([what, _figure(cost.commands), cores[0], _figure(cost.statements), cores[1]]))
     turns = workers * work.turns_per_s
     others = work.elsewhere(workers)
-    told = price.told.redis_us
-    read = price.read_40.redis_us
+    deltas = turns * others * work.deltas
+    us = model.price.passed_40.redis_us
     return f"""\
 ## The arithmetic, for {workers} workers
 
-{workers} × {work.turns_per_s:g} = {turns:g} turns a second; {others:.2f} other workers follow each; × {work.deltas} =
-{turns * work.deltas:,.0f} deltas a second, and {turns * others * work.deltas:,.0f} that are read elsewhere. For the deltas
-Redis needs {turns * min(1, others) * work.deltas:,.0f} × {told:.1f} µs + {turns * others * work.deltas:,.0f} × {read:.1f} µs
-= {(turns * min(1, others) * work.deltas * told + turns * others * work.deltas * read) / 1e6:.3f} s of processor time each
-second. The other rows are made in the same way, from the table above.
+{workers} x {work.turns_per_s:g} = {turns:g} turns a second, of which {others:.2f} other workers follow each:
+{turns:g} x {others:.2f} x {work.deltas} = {deltas:,.0f} deltas a second that are told and read. For them a busy Redis needs
+{deltas:,.0f} x {us:.2f} µs = {deltas * us / 1e6:.3f} s of processor time each second. All rows are made so, from the table
+above.
 
 {chr(10).join(lines)}
-"""
+"""  # noqa: E501  lines of the page, with figures in them
 
 
-def _sizes(price: Prices, look: Look, work: Load) -> str:
+def _sizes(model: Model, work: Load) -> str:
     rows: dict[str, Callable[[Costs, int], str]] = {
         "commands to Redis, per second": lambda cost, _: _figure(cost.commands),
         "MB to and from Redis, per second": lambda cost, _: _figure(cost.redis_bytes / 1e6, 1),
-        "cores of Redis": lambda cost, _: f"{cost.redis_us / 1e6:.2f}",
+        "cores of Redis": lambda cost, _: _figure(cost.redis_us / 1e6, 2),
         "SQL statements, per second": lambda cost, _: _figure(cost.statements),
         "write transactions, per second": lambda cost, _: _figure(cost.writes),
         "MB to and from PostgreSQL, per second": lambda cost, _: _figure(cost.sql_bytes / 1e6, 1),
-        "cores of PostgreSQL": lambda cost, _: f"{cost.sql_us / 1e6:.2f}",
+        "cores of PostgreSQL": lambda cost, _: _figure(cost.sql_us / 1e6, 2),
         "connections to Redis": lambda _, workers: f"{2 * workers:,}",
         "connections to PostgreSQL": lambda _, workers: f"{CONNECTIONS * workers:,}",
     }
     lines = [_row(["workers", *(f"{size:,}" for size in SIZES)]), "|" + "---|" * (1 + len(SIZES))]
-    loads = {size: load(price, look, work, size) for size in SIZES}
+    loads = {size: load(model, work, size) for size in SIZES}
     lines += [_row([what, *(value(cost, size) for size, cost in loads.items())]) for what, value in rows.items()]
     return f"""\
 ## 10, 100 and 1,000 workers
@@ -503,30 +575,36 @@ def _sizes(price: Prices, look: Look, work: Load) -> str:
 """
 
 
-def _ends(price: Prices, look: Look, work: Load, looks: Mapping[str, Any]) -> str:
-    found = limits(price, look, work)
-    lines = [_row(["what there is", "ends at", "what then"]), "|---|---|---|"]
-    for limit, workers in found:
-        lines.append(_row([limit.what, f"{workers:,} workers" if workers else "-", limit.mend]))
+def _ends(model: Model, work: Load, documents: Mapping[str, Mapping[str, Any]]) -> str:
+    found = limits(model, work)
+    lines = [_row(["what there is", "too little from", "what then"]), "|---|---|---|"]
+    lines += [_row([limit.what, f"{at:,} workers" if at else "-", limit.mend]) for limit, at in found]
     (first, at), (second, then) = found[0], next(pair for pair in found if "a setting" not in pair[0].mend)
-    turns = work.running * 1000
-    square = look.at(1000, turns) * 1000
+    assert at
+    assert then
+    turns = then * work.turns_per_s
+    deltas_us = work.turns_per_s * work.deltas * model.woken_us
+    square = model.look.at(1000, 1000 * work.running) * 1000
+    whole = load(model, work, 1000)
     return f"""\
 ## What ends first
 
 {chr(10).join(lines)}
 
-**The first bottleneck is {first.what}**, at {at} workers: {CONNECTIONS} × {at} = {CONNECTIONS * (at or 0)}, of {first.of:g}.
-The first that no setting mends is **{second.what}**, at {then} workers of this load, which is
-{(then or 0) * work.turns_per_s:,.0f} turns and {(then or 0) * work.turns_per_s * (1 + work.followers):,.0f} requests a second.
+**The first bottleneck is {first.what}**, from {at} workers on: {CONNECTIONS} x {at} = {CONNECTIONS * at}, of {first.of:g}.
+The first one that no setting mends is **{second.what}**, from {then} workers of this load on, which lead {turns:,.0f} turns
+and answer {turns * (1 + work.followers):,.0f} requests a second. If Redis were woken for each command even then, it would
+need {model.woken_us:.0f} µs for a delta, and {work.turns_per_s:g} x {work.deltas} x {model.woken_us:.0f} µs =
+{deltas_us / 1e6:.3f} cores for each worker: the truth is between {int(1e6 / deltas_us)} and {then} workers.
 
-One cost grows with the square of the fleet: each worker looks once a second at who is alive and who holds open turns.
-At 1,000 workers with {turns:,.0f} open turns that is {square.sql_us / 1e6:.1f} cores and {square.sql_bytes / 1e6:,.0f} MB/s, of
-{load(price, look, work, 1000).sql_us / 1e6:.1f} cores in all. {_source(looks)}
+One cost grows with the square of the fleet: each worker looks once a second at who is alive and who holds open turns. At
+1,000 workers with {1000 * work.running:,.0f} open turns that is {square.sql_us / 1e6:.1f} of {whole.sql_us / 1e6:.1f} cores and
+{square.sql_bytes / 1e6:,.0f} of {whole.sql_bytes / 1e6:,.0f} MB/s of PostgreSQL. {_source(documents["looks"])}
 
-What is not in here: machines further apart than loopback, which makes everything later and nothing more, and a disk that
-is waited for. How a fleet behaves when parts of it fail is not a matter of size; `make simulate` plays that.
-"""
+Not in here: machines that are further apart than loopback, which makes everything later and nothing more; a disk that is
+waited for; and waiting itself, since a part that is used for half is taken to be as quick as an idle one. How a fleet
+behaves when parts of it fail is no matter of size; `make simulate` plays that.
+"""  # noqa: E501  lines of the page, with figures in them
 
 
 def _figure(value: float, digits: int = 0) -> str:
