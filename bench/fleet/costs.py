@@ -30,7 +30,7 @@ from bench.fleet.wiretap import Wiretap
 from bench.record import Meter, Run, command_of, parser_of, save
 
 SETTLE_S = 3.5
-"""Rows of requests are written, words of interest said, and cursors on ended turns are gone."""
+"""Before and after the work: rows of requests are written, words are said, and cursors on ended turns are gone."""
 GAP_MS = 50
 HERE, THERE, FARTHER = 0, 1, 2
 
@@ -105,10 +105,11 @@ NUMBERS = ("redis_sent", "redis_received", "sql_sent", "sql_received", "redis_cp
 
 
 class Books:
-    """Reads the counters of both."""
+    """Reads the counters of both, and says how long work is given to begin and to end."""
 
-    def __init__(self, common: Shared, redis: Wiretap, sql: Wiretap) -> None:
+    def __init__(self, common: Shared, redis: Wiretap, sql: Wiretap, settle_s: float) -> None:
         self.redis, self.sql = redis, sql
+        self.settle_s = settle_s
         self.common = common
         self._monitor: Monitor | None = None
 
@@ -312,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and record."""
     parser = parser_of(__doc__)
     parser.add_argument("--idle-s", type=float, default=30.0)
+    parser.add_argument("--settle-s", type=float, default=SETTLE_S)
     parser.add_argument("--only", nargs="+", help="names of scenarios")
     arguments = parser.parse_args(argv)
     with (
@@ -320,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Wiretap(common.postgres.port) as sql,
         Fleet([Server(replace(common, postgres_port=sql.port, redis_port=redis.port)) for _ in range(3)]) as fleet,
     ):
-        books = Books(common, redis, sql)
+        books = Books(common, redis, sql, arguments.settle_s)
         # The first of a kind prepares statements and loads scripts.
         play(turns("warm-up", 8, [(HERE, 2), (THERE, 2)], model="n20", stream=True), fleet, books, None)
         play(calls("warm-up", 8, [(HERE, 2), (THERE, 2)], model="n20"), fleet, books, None)
@@ -362,10 +364,10 @@ def play(scenario: Scenario, fleet: Fleet, books: Books, rest: Run | None) -> Ru
 
 def _grown(scenario: Scenario, fleet: Fleet, books: Books) -> Counts:
     act = scenario.prepare(fleet)
-    time.sleep(SETTLE_S)
+    time.sleep(books.settle_s)
     before = books.now()
     act()
-    time.sleep(SETTLE_S)
+    time.sleep(books.settle_s)
     return books.now().since(before)
 
 

@@ -32,10 +32,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure and record."""
     parser = parser_of(__doc__)
     parser.add_argument("--looks", type=int, default=20)
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="so many sizes of fleets, from the smallest")
     arguments = parser.parse_args(argv)
     runs: list[Run] = []
     with shared() as common, Wiretap(common.postgres.port) as tap:
-        for workers, turns in SHAPES:
+        for workers, turns in SHAPES[: arguments.shapes]:
             for _ in range(arguments.times):
                 runs.append(asyncio.run(look(common, tap, workers, turns, arguments.looks)))
                 print(runs[-1], flush=True)

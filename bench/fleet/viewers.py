@@ -7,6 +7,7 @@ server show what of it is not the way between the workers.
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 
 from bench.fleet.headline import metered
@@ -28,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--turns", type=int, help="so many instead")
     parser.add_argument("--deltas", type=int, help="so many instead")
+    parser.add_argument("--latency-ms", type=int, default=LATENCY_MS, help="before the first delta")
     arguments = parser.parse_args(argv)
     pin_load()
     runs: list[Run] = []
     with shared() as common, Fleet([Server(common), Server(common)]) as fleet:
-        watch(fleet, common, turns=2, viewers=2, deltas=5, gap_ms=20)
+        watch(fleet, common, turns=2, viewers=2, deltas=5, gap_ms=20, latency_ms=500)
         for name in arguments.shapes:
             turns, viewers, deltas, gap_ms = SHAPES[name]
             shape = {
@@ -40,15 +42,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "viewers": viewers,
                 "deltas": arguments.deltas or deltas,
                 "gap_ms": gap_ms,
+                "latency_ms": arguments.latency_ms,
             }
             runs += repeated(lambda each=shape: watch(fleet, common, **each), arguments.times, arguments.extra)
     print(save(arguments.results, "fleet-viewers", command_of("bench.fleet.viewers", argv), runs))
 
 
-def watch(fleet: Fleet, common: Shared, *, turns: int, viewers: int, deltas: int, gap_ms: int) -> Run:
+def watch(fleet: Fleet, common: Shared, *, turns: int, viewers: int, deltas: int, gap_ms: int, latency_ms: int) -> Run:
     """So many turns at once, each seen by one viewer where it is led and by others elsewhere."""
     here, there = fleet.servers
-    model = f"fake-lat{LATENCY_MS}-n{deltas}-gap{gap_ms}"
+    model = f"fake-lat{latency_ms}-n{deltas}-gap{gap_ms}"
     requests = [
         post(
             f"/api/threads/{fleet.new_thread()}/messages/stream",
@@ -77,6 +80,7 @@ def watch(fleet: Fleet, common: Shared, *, turns: int, viewers: int, deltas: int
         "gap_ms": gap_ms,
         "complete": sum(_whole(answer, deltas) for answer in answers),
         "of": len(answers),
+        "wrong": dict(Counter(_wrong(answer, deltas) for answer in answers if not _whole(answer, deltas))),
         "provider_calls": common.provider.stats()["calls"],
         **_lags("here", led),
         **_lags("there", watched),
@@ -91,6 +95,14 @@ def _whole(answer: Answer, deltas: int) -> bool:
         return False
     stream = Events.read(answer.body)
     return len(answer.stamps()) == deltas and stream.last.get("state") == "completed"
+
+
+def _wrong(answer: Answer, deltas: int) -> str:
+    """Why an answer is not whole, in words."""
+    if not answer.ok:
+        return answer.error or f"status {answer.status}"
+    stream = Events.read(answer.body)
+    return f"{len(answer.stamps())} of {deltas} deltas, then {stream.last.get('code') or stream.last.get('state')}"
 
 
 def _lags(where: str, answers: list[Answer]) -> dict[str, float | None]:
