@@ -10,7 +10,7 @@ comes out says which part ends first, and not how long anybody waits.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -80,6 +80,12 @@ class Costs:
             run["sql_cpu_s"] * 1e6,
         )
 
+    @classmethod
+    def middle(cls, costs: Iterable["Costs"]) -> "Costs":
+        """The median of several, each of its parts by itself."""
+        found = list(costs)
+        return cls(*(median(getattr(each, name) for each in found) for name in NAMES))
+
     def __add__(self, other: "Costs") -> "Costs":
         return Costs(*(getattr(self, name) + getattr(other, name) for name in NAMES))
 
@@ -135,10 +141,19 @@ class Prices:
     call_there_more: Costs
 
 
+def _by(document: Mapping[str, Any], *names: str) -> dict[Any, list[Run]]:
+    """The runs of a program, by what tells them apart."""
+    found: dict[Any, list[Run]] = {}
+    for run in document["runs"]:
+        key = tuple(run[name] for name in names)
+        found.setdefault(key if len(names) > 1 else key[0], []).append(run)
+    return found
+
+
 def prices(document: Mapping[str, Any]) -> Prices:
     """The differences between scenarios that differ in one thing."""
-    runs = {run["what"]: run for run in document["runs"]}
-    cost = {what: Costs.of(run) for what, run in runs.items()}
+    cost = {what: Costs.middle(map(Costs.of, runs)) for what, runs in _by(document, "what").items()}
+    (workers,) = {run["workers"] for run in document["runs"]}
     second = (cost["turn, 11 s long"] - cost["turn"]) / 10
     there = cost["turn, 1 follows there"] - cost["turn"]
     there_second = (cost["turn, 11 s long, 1 follows there"] - cost["turn, 1 follows there"]) / 10 - second
@@ -164,7 +179,7 @@ def prices(document: Mapping[str, Any]) -> Prices:
         "10 streams of {}, 1 sees each there"
     )
     return Prices(
-        idle=cost["idle"] / runs["idle"]["workers"],
+        idle=cost["idle"] / workers,
         turn=cost["turn"],
         second=second,
         here=(cost["turn, 10 follow here"] - cost["turn"]) / 10,
@@ -205,11 +220,13 @@ class Look:
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Look":
         """From fleets that differ in one of the two."""
-        found = {(run["workers"], run["turns"]): run for run in document["runs"]}
+        found = {
+            size: Costs.middle(Costs(sql_bytes=run["sql_received"], sql_us=run["sql_cpu_s"] * 1e6) for run in runs)
+            for size, runs in _by(document, "workers", "turns").items()
+        }
 
         def between(one: tuple[int, int], other: tuple[int, int], by: int) -> Costs:
-            more = {name: (found[one][name] - found[other][name]) / by for name in ("sql_received", "sql_cpu_s")}
-            return Costs(sql_bytes=more["sql_received"], sql_us=more["sql_cpu_s"] * 1e6)
+            return (found[one] - found[other]) / by
 
         return cls(
             between((1000, 4000), (100, 4000), 900),

@@ -16,10 +16,10 @@ from bench.http.load import Answer, Events, Load, post, quantile
 from bench.http.servers import ORG, pin_load
 from bench.record import Run, command_of, parser_of, repeated, save
 
-SHAPES = {"40x5": (40, 5, 100, 50), "600x1": (600, 1, 20, 1000)}
-"""Turns, viewers of each elsewhere, deltas, and milliseconds between two."""
-LATENCY_MS = 4000
-"""Before the first delta; everybody is there by then."""
+SHAPES = {"40x5": (40, 5, 100, 50, 4000), "600x1": (600, 1, 20, 1000, 18_000)}
+"""Turns, viewers of each elsewhere, deltas, milliseconds between two, and before the first: all are there by then."""
+WAVE, WAVE_S = 50, 0.3
+"""They come one wave after the other: how long many who come at once wait is another figure."""
 LIMIT_S = 90.0
 
 
@@ -29,20 +29,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--turns", type=int, help="so many instead")
     parser.add_argument("--deltas", type=int, help="so many instead")
-    parser.add_argument("--latency-ms", type=int, default=LATENCY_MS, help="before the first delta")
+    parser.add_argument("--latency-ms", type=int, help="so many before the first delta instead")
     arguments = parser.parse_args(argv)
     pin_load()
     runs: list[Run] = []
     with shared() as common, Fleet([Server(common), Server(common)]) as fleet:
         watch(fleet, common, turns=2, viewers=2, deltas=5, gap_ms=20, latency_ms=500)
         for name in arguments.shapes:
-            turns, viewers, deltas, gap_ms = SHAPES[name]
+            turns, viewers, deltas, gap_ms, latency_ms = SHAPES[name]
             shape = {
                 "turns": arguments.turns or turns,
                 "viewers": viewers,
                 "deltas": arguments.deltas or deltas,
                 "gap_ms": gap_ms,
-                "latency_ms": arguments.latency_ms,
+                "latency_ms": arguments.latency_ms or latency_ms,
             }
             runs += repeated(lambda each=shape: watch(fleet, common, **each), arguments.times, arguments.extra)
     print(save(arguments.results, "fleet-viewers", command_of("bench.fleet.viewers", argv), runs))
@@ -62,12 +62,9 @@ def watch(fleet: Fleet, common: Shared, *, turns: int, viewers: int, deltas: int
     ]
     common.provider.reset()
     with metered(fleet, common) as meter, Load(here.address) as load:
-        load.connect(turns)
-        load.send(*requests)
-        load.receive(0.5)
-        load.connect(turns * viewers, there.address)
+        _come(load, here, requests)
         cpu_before_s, began_s = (here.cpu_s(), there.cpu_s()), time.monotonic()
-        load.send(*requests)
+        _come(load, there, requests * viewers)
         load.receive(LIMIT_S)
         took_s = time.monotonic() - began_s
         answers = load.give_up()
@@ -88,6 +85,14 @@ def watch(fleet: Fleet, common: Shared, *, turns: int, viewers: int, deltas: int
         "viewing_cores": round(cpu_s[1] / took_s, 2),
         "foreign_pct": meter.foreign_pct,
     }
+
+
+def _come(load: Load, server: Server, requests: list[bytes]) -> None:
+    for first in range(0, len(requests), WAVE):
+        wave = requests[first : first + WAVE]
+        load.connect(len(wave), server.address)
+        load.send(*wave)
+        load.receive(WAVE_S)
 
 
 def _whole(answer: Answer, deltas: int) -> bool:
