@@ -70,6 +70,22 @@ def test_several_workers_need_something_between_them() -> None:
         assert finding.state is State.OK
 
 
+def test_several_workers_with_nothing_between_them_are_wrong() -> None:
+    """Neither a URL nor the extra: each of the three ways out is named."""
+    (finding,) = checks.workers(Settings(workers=2), find=lambda: None)
+    assert finding.state is State.WRONG
+    for way in ("ONCEWISE_REDIS_URL", "oncewise[local]", "--workers 1"):
+        assert way in finding.mend
+
+
+def test_drivers_that_are_not_installed_are_wrong_if_they_are_needed() -> None:
+    """With the extra that has both."""
+    elsewhere = {"ONCEWISE_DATABASE_URL": "postgresql://h/d", "ONCEWISE_REDIS_URL": "redis://h"}
+    missing = wrong(list(checks.program(load_settings(environ=elsewhere), is_installed=lambda _: False)))
+    assert [finding.mend for finding in missing] == ["pip install 'oncewise[cluster]'"] * 2
+    assert wrong(list(checks.program(load_settings(environ={}), is_installed=lambda _: False))) == []
+
+
 def test_a_taken_port_is_a_note() -> None:
     """It may be the server itself; an address that is not ours is wrong."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -132,7 +148,33 @@ async def test_an_open_address_without_a_key_is_wrong(tmp_path: Path) -> None:
 
 def test_the_kind_of_a_file_system_is_that_of_the_nearest_mount() -> None:
     """As the kernel tells it."""
-    assert checks._file_system(Path("/proc/self")) == "proc"
+    assert checks._file_system(Path("/proc/self"), Path("/proc/mounts")) == "proc"
+
+
+def test_a_file_on_another_machine_or_a_full_disk_is_told(tmp_path: Path) -> None:
+    """Locks do not work there; and what is left here is little. Where the kernel tells nothing, nothing is wrong."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\nnas:/data {tmp_path} nfs4 rw 0 0\n")
+    remote, full = checks._place(at(tmp_path / "sub"), mounts, free_bytes=100 * 2**20)
+    assert (remote.state, remote.mend) == (State.WRONG, "a local disk, or PostgreSQL")
+    assert "nfs4" in remote.said
+    assert (full.state, full.mend) == (State.NOTE, "make room")
+    assert "100 MiB" in full.said
+    assert list(checks._place(at(tmp_path), tmp_path / "missing", free_bytes=2**40)) == []
+
+
+def test_slow_writes_slow_streams_and_other_clocks_are_notes() -> None:
+    """With what mends them; quick and equal ones are well."""
+    for slow, quick in (
+        (checks._written(0.2), checks._written(0.02)),
+        (checks._streamed(0.05), checks._streamed(0.002)),
+        (checks._skew("redis", 110.0, 100.0), checks._skew("redis", 100.5, 100.0)),
+        (checks._skew("database", 90.0, 100.0), checks._skew("database", 99.5, 100.0)),
+    ):
+        assert (slow.state, bool(slow.mend)) == (State.NOTE, True)
+        assert (quick.state, quick.mend) == (State.OK, "")
+    assert "10.0 s ahead of" in checks._skew("redis", 110.0, 100.0).said
+    assert "10.0 s behind" in checks._skew("redis", 90.0, 100.0).said
 
 
 async def test_postgres_is_looked_at_without_being_upgraded() -> None:
