@@ -341,7 +341,7 @@ async def _coordination(
         # With its driver, which is an extra: a server of one process needs neither.
         from oncewise.coordination.redis import BadAddress, open_redis  # noqa: PLC0415
     except ModuleNotFoundError as error:
-        if error.name != "redis":
+        if (error.name or "").partition(".")[0] != "redis":
             raise
         raise CoordinationUnavailable(_NO_DRIVER) from None
     deployment = hmac.digest(secret, b"redis", "sha256").hex()[:16]

@@ -25,6 +25,7 @@ from typing import Any
 import asyncpg
 
 from oncewise.storage.postgres import upgrade_postgres
+from oncewise.storage.tables import metadata
 
 __all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "shared_server"]
 
@@ -189,8 +190,7 @@ def shared_server() -> PostgresServer:
 
 # -- databases ---------------------------------------------------------------------------------------------------
 
-_TABLES = ("messages", "turns", "threads", "api_keys", "orgs", "attempts", "requests")
-_CLEAR = ";".join(f"DELETE FROM {table}" for table in _TABLES)
+_CLEAR = ";".join(f"DELETE FROM {table.name}" for table in reversed(metadata.sorted_tables))
 _free: list[str] = []
 
 

@@ -98,7 +98,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         lines = [b"%b: %b\r\n" % field for field in (*cycle.default_headers, *headers)]
         head = b"".join((STATUS_LINE[status], *lines, b"\r\n"))
-        if head.count(b"\r\n") != len(lines) + 2:
+        if {head.count(b"\r"), head.count(b"\n")} != {len(lines) + 2}:
             raise ValueError("a header has a line break in it")
         self.transport.write(head + body)
         cycle.response_started = cycle.response_complete = True

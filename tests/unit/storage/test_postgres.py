@@ -190,6 +190,34 @@ async def test_the_migrations_make_exactly_the_tables_of_the_code(url: str):
         await made.aclose()
 
 
+async def test_an_upgrade_does_not_make_everybody_wait_for_a_table(url: str):
+    """Who reads it would queue behind the change that waits; so the change gives up, and says so."""
+    async with opened(url) as database:
+        gate = Gate()
+        lock = sa.text("LOCK TABLE alembic_version")
+        holding = asyncio.ensure_future(database.write(lambda conn: (conn.execute(lock), gate(conn))))
+        await gate.entered.wait()
+        with pytest.raises(StorageUnavailable, match="in use for too long; nothing was changed"):
+            await upgrade_postgres(url, table_s=0.2)
+        gate.opened.set()
+        await holding
+
+
+async def test_a_role_with_rights_on_rows_serves_and_cannot_upgrade(url: str):
+    """What the server needs is not what the operator may do."""
+    server, role = shared_server(), shared_server().name()
+    rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+    await server.execute(f"CREATE ROLE {role} LOGIN; GRANT {rights} TO {role}", name_of(url))
+    await server.execute(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}", name_of(url))
+    async with opened(url.replace("postgres@", f"{role}@")) as database:
+        storage = storage_on(database)
+        await storage.answered(await storage.thread())
+    async with empty_database() as other:
+        with pytest.raises(StorageUnavailable, match="does not let the role"):
+            await upgrade_postgres(other.replace("postgres@", f"{role}@"))
+    await server.execute(f"DROP OWNED BY {role}; DROP ROLE {role}", name_of(url))
+
+
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
