@@ -20,6 +20,8 @@ from oncewise.storage.sign_of_life import _FAMILY, _number
 SHAPES = ((10, 400), (100, 400), (100, 4000), (1000, 4000), (1000, 40_000))
 """Workers, and the turns that all of them together have open."""
 
+YOUNG_S = 3.5
+
 _OPEN = """\
 INSERT INTO turns (id, org_id, thread_id, idx, state, epoch, attempt, owner, lease_until_s, visible, fingerprint, ask,
   created_at_ms, partial, partial_seq, failure_retryable, shared)
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     runs: list[Run] = []
     with shared() as common, Wiretap(common.postgres.port) as tap:
+        # Of a server that has just started nobody is taken for dead, and nobody looks.
+        time.sleep(YOUNG_S)
         for workers, turns in SHAPES[: arguments.shapes]:
             for _ in range(arguments.times):
                 runs.append(asyncio.run(look(common, tap, workers, turns, arguments.looks)))
