@@ -473,7 +473,8 @@ async def test_no_statement_reads_through_a_table(storage: Storage, name: str):
     steps = await storage.database.read(plan)
     in_order_of_a_partial_or_limited_index = "SCAN turns USING INDEX ix_turns_leases", "SCAN requests USING INDEX"
     for step in steps:
-        assert not step.startswith("USE TEMP B-TREE"), steps
+        # Of what is open, as many owners as there are processes.
+        assert not step.startswith("USE TEMP B-TREE") or step == "USE TEMP B-TREE FOR DISTINCT", steps
         assert not step.startswith("SCAN") or step.startswith(
             ("SCAN CONSTANT", *in_order_of_a_partial_or_limited_index)
         )
