@@ -22,6 +22,7 @@ from oncewise.settings import Settings
 from oncewise.storage.database import Database
 from oncewise.storage.engines import open_database, upgrade
 from oncewise.storage.tables import attempts, messages, turns
+from tests.faults.network import Network, network
 from tests.support.commands import ROOT
 from tests.support.fake_provider import FakeProvider
 from tests.support.postgres import PostgresServer, own_server
@@ -79,6 +80,7 @@ class Deployment:
 
     Attributes:
         members: One for each place; a place keeps its number when its server is started again.
+        networks: What lies between the servers and `postgres` or `redis`; the checker has its own way.
         settings: `ONCEWISE_*` of all servers, in lower case and without the prefix.
     """
 
@@ -87,6 +89,7 @@ class Deployment:
     url: str
     postgres: PostgresServer | None = None
     redis: RedisServer | None = None
+    networks: dict[str, Network] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     members: list[Member] = field(default_factory=list)
     database: Database | None = None
@@ -100,8 +103,10 @@ class Deployment:
         return member
 
     async def _spawn(self, fault: dict[str, str]) -> asyncio.subprocess.Process:
-        redis = {} if self.redis is None else {"redis_url": self.redis.url}
-        settings = {"database_url": self.url, "port": 0, "drain_s": 0.5, **redis, **self.settings}
+        urls = {"database_url": self._url("postgres", self.postgres, self.url)}
+        if self.redis is not None:
+            urls["redis_url"] = self._url("redis", self.redis, self.redis.url)
+        settings = {**urls, "port": 0, "drain_s": 0.5, **self.settings}
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.folder),
@@ -119,6 +124,10 @@ class Deployment:
             sys.executable, "-m", "tests.faults.server",
             env=environment, cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
+
+    def _url(self, name: str, server: PostgresServer | RedisServer | None, url: str) -> str:
+        between = self.networks.get(name)
+        return url if between is None or server is None else url.replace(f":{server.port}/", f":{between.port}/")
 
     async def restart(self, place: int, **fault: str) -> Member:
         """Make sure that the server of a place is gone, and start it again."""
@@ -203,7 +212,13 @@ async def _leaks(member: Member) -> list[str]:
 
 @asynccontextmanager
 async def deployment(
-    folder: Path, servers: int = 3, *, postgres: bool = True, redis: bool = False, **settings: Any
+    folder: Path,
+    servers: int = 3,
+    *,
+    postgres: bool = True,
+    redis: bool = False,
+    between: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Deployment]:
     """Servers on a database of their own, PostgreSQL or an SQLite file, with a Redis beside them or without.
 
@@ -212,6 +227,7 @@ async def deployment(
         servers: How many.
         postgres: Whether the database is PostgreSQL.
         redis: Whether they share a Redis.
+        between: Whether they reach both over a `Network`.
         settings: `ONCEWISE_*`, in lower case and without the prefix.
     """
     async with AsyncExitStack() as stack:
@@ -223,7 +239,11 @@ async def deployment(
             shared = RedisServer(folder / "redis").start()
             stack.callback(shared.kill)
         await upgrade(Settings(database_url=url), owner="setup")
-        made = Deployment(folder, provider, url, engine, shared, settings)
+        networks = {}
+        for name, server in (("postgres", engine), ("redis", shared)):
+            if between and server is not None:
+                networks[name] = await stack.enter_async_context(network(server.port))
+        made = Deployment(folder, provider, url, engine, shared, networks, settings)
         stack.push_async_callback(made.aclose)
         made.members = list(await asyncio.gather(*(made.launch() for _ in range(servers))))
         yield made

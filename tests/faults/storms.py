@@ -20,7 +20,18 @@ from tests.faults.server import Point
 from tests.faults.site import Deployment, Member
 from tests.support.http import JSON
 
-__all__ = ["GENERATION_S", "Trial", "headline", "kill", "load", "restart_postgres", "stop", "trouble_redis"]
+__all__ = [
+    "GENERATION_S",
+    "Trial",
+    "disconnect",
+    "headline",
+    "kill",
+    "load",
+    "lose_commit",
+    "restart_postgres",
+    "stop",
+    "trouble_redis",
+]
 
 MODEL = "n20-gap50"
 GENERATION_S = 1.0
@@ -246,6 +257,33 @@ async def restart_postgres(site: Deployment, trial: Trial) -> Trial:
         # As a caller sees it; the machine's own delay is no part of the promise, but cannot be taken out.
         if status != 503 or seconds > 1.5:
             trial.violations.append(f"while PostgreSQL was down: {status} after {seconds:.2f} s")
+    return await judge(site, trial)
+
+
+async def disconnect(site: Deployment, trial: Trial) -> Trial:
+    """Every session in the database is ended at once, as an operator or a failover does it."""
+    assert site.postgres is not None
+    return await _during_a_turn(site, trial, "disconnected", lambda: site.postgres.disconnect("postgres"))
+
+
+async def lose_commit(site: Deployment, trial: Trial) -> Trial:
+    """One COMMIT is done and its answer lost: of the claim, of a heartbeat, or of the pair."""
+
+    async def lose() -> None:
+        site.networks["postgres"].swallow = b"COMMIT;\0"
+
+    return await _during_a_turn(site, trial, "answer lost", lose)
+
+
+async def _during_a_turn(site: Deployment, trial: Trial, name: str, strike: Callable[[], Awaitable[None]]) -> Trial:
+    chance, loop = trial.random, asyncio.get_running_loop()
+    ask = await new_ask(site, chance)
+    serving = asyncio.ensure_future(served(crowd(site, trial.history, ask, chance), chance))
+    await asyncio.sleep(chance.uniform(0.0, GENERATION_S * 1.15))
+    trial.struck, fault_s = name, loop.time()
+    await strike()
+    await serving
+    _note_end(trial, fault_s)
     return await judge(site, trial)
 
 
