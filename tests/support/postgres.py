@@ -26,7 +26,7 @@ import asyncpg
 
 from oncewise.storage.postgres import upgrade_postgres
 
-__all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "shared_server"]
+__all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "roomy", "shared_server"]
 
 # It refuses to run as root; any account without rights will do, and this one is everywhere.
 _ACCOUNT = "nobody"
@@ -159,7 +159,7 @@ class PostgresServer:
         return f"test_{next(self._numbers)}"
 
 
-def _roomy() -> str | None:
+def roomy() -> str | None:
     """Memory that files can lie in: PostgreSQL makes many, and a disk that is busy takes a second for them."""
     memory = "/dev/shm"
     return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30 else None
@@ -168,7 +168,7 @@ def _roomy() -> str | None:
 @contextmanager
 def own_server() -> Generator[PostgresServer, None, None]:
     """A server for a test that stops it."""
-    with tempfile.TemporaryDirectory(prefix="oncewise-pg-", dir=_roomy(), ignore_cleanup_errors=True) as directory:
+    with tempfile.TemporaryDirectory(prefix="oncewise-pg-", dir=roomy(), ignore_cleanup_errors=True) as directory:
         server = PostgresServer(Path(directory))
         server.start()
         try:
