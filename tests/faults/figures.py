@@ -183,9 +183,10 @@ async def _stopped(folder: Path, seed: int, numbers: Sequence[int], *, postgres:
         yield await _leaks(site, seed)
 
 
-async def _redis(folder: Path, seed: int, numbers: Sequence[int], *, how: str) -> Trials:
-    async with deployment(folder, 2, redis=True) as site:
+async def _redis(folder: Path, seed: int, numbers: Sequence[int], *, ways: Sequence[str]) -> Trials:
+    async with deployment(folder, 2, redis=True, between=ways == NETWORK) as site:
         for number in numbers:
+            how = ways[number % len(ways)]
             # As many without a fault: what those take is what the others are measured against.
             yield await storms.trouble_redis(site, Trial("calm", seed, number), "nothing")
             yield await storms.trouble_redis(site, Trial(how, seed, number), how)
@@ -229,8 +230,11 @@ def _on(postgres: bool, run: Any) -> Any:
     return lambda folder, seed, numbers: run(folder, seed, numbers, postgres=postgres)
 
 
-def _how(how: str) -> Any:
-    return lambda folder, seed, numbers: _redis(folder, seed, numbers, how=how)
+NETWORK = ("late", "lossy", "reset", "silent")
+
+
+def _how(*ways: str) -> Any:
+    return lambda folder, seed, numbers: _redis(folder, seed, numbers, ways=ways)
 
 
 FIGURES = {
@@ -246,6 +250,7 @@ FIGURES = {
         Figure("redis-kill", "Redis killed under load", 20, 2, _how("killed"), _little_added),
         Figure("redis-pause", "Redis paused for 5 s under load", 20, 1, _how("paused"), _little_added),
         Figure("redis-flush", "Redis flushed under load", 20, 2, _how("flushed"), _little_added),
+        Figure("redis-network", "the way to Redis late, lossy, reset, silent", 40, 4, _how(*NETWORK)),
         Figure("headline", "50 requests, Redis killed meanwhile", 100, 4, _headline),
     )
 }

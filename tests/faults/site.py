@@ -23,6 +23,7 @@ from oncewise.storage.database import Database
 from oncewise.storage.engines import open_database, upgrade
 from oncewise.storage.tables import attempts, messages, turns
 from tests.faults.network import Network, network
+from tests.faults.server import Point
 from tests.support.commands import ROOT
 from tests.support.fake_provider import FakeProvider
 from tests.support.postgres import PostgresServer, own_server
@@ -59,6 +60,14 @@ class Member(ServerProcess):
         """Kill it, without waiting for its end."""
         with suppress(ProcessLookupError):
             self.process.kill()
+
+    async def ended(self, point: Point) -> None:
+        """Wait until it was killed, or stopped, at its point."""
+        if point is not Point.PAUSE_IN_TX:
+            await self.process.wait()
+            return
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            await asyncio.sleep(0.01)
 
     @property
     def open_files(self) -> int:

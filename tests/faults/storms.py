@@ -16,6 +16,7 @@ from typing import Any
 
 from tests.faults.check import calls_of, violations
 from tests.faults.clients import Ask, Client, History, JsonClient, SseClient, Told
+from tests.faults.network import Network
 from tests.faults.server import Point
 from tests.faults.site import Deployment, Member
 from tests.support.http import JSON
@@ -39,6 +40,9 @@ GENERATION_S = 1.0
 CROWD = 9
 BOUND_S = 25.0
 """When a client counts as one that waits for ever: far above every promise, so that a busy machine is no hang."""
+
+Kinds = Sequence[type[Client]]
+KINDS: Kinds = (JsonClient, SseClient)
 
 _numbers = count()
 
@@ -86,10 +90,12 @@ async def new_ask(site: Deployment, chance: random.Random, model: str = MODEL) -
     raise AssertionError
 
 
-def crowd(site: Deployment, history: History, ask: Ask, chance: random.Random, size: int = CROWD) -> list[Client]:
+def crowd(
+    site: Deployment, history: History, ask: Ask, chance: random.Random, size: int = CROWD, kinds: Kinds = KINDS
+) -> list[Client]:
     """Clients who want the same, some the whole and some as it comes."""
-    kinds = [chance.choice((JsonClient, SseClient)) for _ in range(size)]
-    return [kind(site, history, next(_numbers), ask, BOUND_S) for kind in kinds]
+    chosen = [chance.choice(kinds) for _ in range(size)]
+    return [kind(site, history, next(_numbers), ask, BOUND_S) for kind in chosen]
 
 
 async def served(clients: Sequence[Client], chance: random.Random, within_s: float = 0.1) -> None:
@@ -133,14 +139,16 @@ def _note_end(trial: Trial, fault_s: float) -> None:
 # -- processes -----------------------------------------------------------------------------------------------------
 
 
-async def kill(site: Deployment, trial: Trial, point: Point | None = None, place: int = 0) -> Trial:
+async def kill(
+    site: Deployment, trial: Trial, point: Point | None = None, place: int = 0, kinds: Kinds = KINDS
+) -> Trial:
     """kill -9 of the server that leads: at a named point in the server of `place`, which must have been started with
     it, else at any time.
     """
     chance, loop = trial.random, asyncio.get_running_loop()
     ask = await new_ask(site, chance)
-    clients = crowd(site, trial.history, ask, chance)
-    if point in (Point.AFTER_VISIBLE, Point.MID_STREAM):
+    clients = crowd(site, trial.history, ask, chance, kinds=kinds)
+    if point is Point.AFTER_VISIBLE:
         clients[0] = SseClient(site, trial.history, clients[0].number, ask, BOUND_S)
     if point is None:
         serving = asyncio.ensure_future(served(clients, chance))
@@ -158,7 +166,7 @@ async def kill(site: Deployment, trial: Trial, point: Point | None = None, place
         serving = asyncio.ensure_future(_both(leading, others))
         with suppress(TimeoutError):
             async with asyncio.timeout(GENERATION_S + 4):
-                await victim.process.wait()
+                await victim.ended(point)
                 trial.struck = point.value
         fault_s = loop.time()
     await serving
@@ -208,7 +216,9 @@ async def load(
 
 
 async def trouble_redis(site: Deployment, trial: Trial, how: str) -> Trial:
-    """Redis `killed`, `paused` for five seconds or `flushed` under load, or left alone: no request may notice."""
+    """Redis `killed`, `paused` for five seconds or `flushed` under load, or the way to it `late`, `lossy`, `reset` or
+    `silent` for a while, or `nothing`: no request may notice.
+    """
     assert site.redis is not None
     chance = trial.random
     paused_s = 5.0 if how == "paused" else 0.0
@@ -225,11 +235,24 @@ async def trouble_redis(site: Deployment, trial: Trial, how: str) -> Trial:
         site.redis.resume()
     elif how == "flushed":
         site.redis.flush()
+    elif how != "nothing":
+        await _bad_network(site.networks["redis"], how)
     await loading
     # Without a fault in its own way: each turn must have been one call, and each client answered at the first try.
     await judge(site, trial, broken=False)
     trial.violations += [f"client {told.client}: {told.state} {told.status}" for told in _retried(trial.history)]
     return trial
+
+
+async def _bad_network(way: Network, how: str) -> None:
+    way.delay_s = 0.2 if how == "late" else 0.0
+    way.loss = 0.1 if how == "lossy" else 0.0
+    way.silent = how == "silent"
+    for _ in range(10):
+        if how == "reset":
+            way.cut()
+        await asyncio.sleep(0.1)
+    way.delay_s, way.loss, way.silent = 0.0, 0.0, False
 
 
 def _retried(history: History) -> list[Told]:
@@ -304,7 +327,7 @@ async def headline(site: Deployment, trial: Trial, fault: Callable[[random.Rando
     async def connection(number: int) -> None:
         while left:
             left.pop()
-            kind = chance.choice((JsonClient, SseClient))
+            kind = chance.choice(KINDS)
             client = kind(site, trial.history, next(_numbers), ask, BOUND_S)
             answer = await client.run(number)
             if answer is not None:
