@@ -90,11 +90,12 @@ class CrashingDatabase:
 
     def _inside(self, work: Work[Result], conn: sa.Connection) -> Result:
         result = work(conn)
-        if self._point is Point.IN_TX:
+        point, self._point = self._point, None
+        if point is Point.IN_TX:
             _end_now()
-        # Once: resumed, it finds out for itself what became of its transaction.
-        self._point = None
-        os.kill(os.getpid(), signal.SIGSTOP)
+        if point is Point.PAUSE_IN_TX:
+            # Once: resumed, it finds out for itself what became of its transaction.
+            os.kill(os.getpid(), signal.SIGSTOP)
         return result
 
 

@@ -306,7 +306,9 @@ async def test_streams_are_taken_up_again_from_anywhere_on_any_server(tmp_path, 
                 async with watching(member, path, headers=[("last-event-id", after)], org=org) as again:
                     events = await again.rest()
                 assert terminal(events).name == "done"
-                parts.append((seen, text_of(events)))
+                # A server whose row is behind what the leader showed begins anew, and says so.
+                anew = "stream-replayed-from" in again.reply.headers
+                parts.append(("" if anew else seen, text_of(events)))
 
             resuming = []
             while (event := await leading.next()) is not None:
@@ -385,7 +387,11 @@ async def test_postgresql_is_stopped_for_five_seconds(tmp_path, chance):
             while (await post(site.members[0], await new_ask(site, chance, "n2"))).status != 200:
                 await asyncio.sleep(0.05)
         assert time.monotonic() - began_s < 3
-        assert {reply.status for reply in await asyncio.gather(*meanwhile)} <= {200, 503}
+        replies = await asyncio.gather(*meanwhile)
+        # A claim that was made late has no lease any more.
+        assert {reply.status if reply.status == 200 else reply.code for reply in replies} <= {
+            200, "storage_unavailable", "leader_lost",
+        }  # fmt: skip
         await serving
         await judge(site, trial)
         assert trial.violations == []
