@@ -7,23 +7,27 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 """
 
 import asyncio
+import hmac
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
 from uuid_utils import uuid7
 
+from oncewise.coordination.fallback import FallbackLimiter, FallbackSlots
 from oncewise.core.breaker import Breakers, BreakerStats
 from oncewise.core.coalesce import Coalescer
-from oncewise.core.pacing import LocalLimiter, Pacer, PacerStats
+from oncewise.core.errands import Errands
+from oncewise.core.pacing import Pacer, PacerStats, Starts
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
-from oncewise.errors import OncewiseError
-from oncewise.ports import Listener, Provider
+from oncewise.errors import CoordinationUnavailable, OncewiseError
+from oncewise.ports import CallSlots, Coordination, Listener, Provider, SharedLimiter, Signal
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
@@ -34,6 +38,7 @@ from oncewise.providers.prices import PublicPrices
 from oncewise.service.accounts import Accounts, Prices
 from oncewise.service.calls import Calls, ProviderLane, remember_s
 from oncewise.service.completions import Completions
+from oncewise.service.fleet import Fleet
 from oncewise.service.keys import Keys
 from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
@@ -42,16 +47,22 @@ from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.settings import ProviderSettings, Settings
 from oncewise.storage.database import Database
+from oncewise.storage.deployment import deployment_secret
 from oncewise.storage.engines import open_database
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.pacing import SqlCallSlots, SqlLimiter
 from oncewise.storage.requests import SqlRequestLog
+from oncewise.storage.signals import SqlSignals
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
 from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["Lanes", "Services", "connect", "open_services"]
+__all__ = ["DEGRADED", "Lanes", "Services", "connect", "open_services"]
+
+DEGRADED = "degraded"
+"""State of something that requests are served without, if need be."""
 
 
 LOG_BYTES = 256 * 2**20
@@ -100,6 +111,7 @@ class Services:
     warnings: tuple[str, ...]
     draining: bool = False
     _database: Database = field(kw_only=True, repr=False)
+    _coordination: Coordination | None = field(kw_only=True, repr=False)
     _opened: AsyncExitStack = field(kw_only=True, repr=False)
 
     async def ready(self) -> dict[str, str]:
@@ -109,6 +121,9 @@ class Services:
             await self._database.read(lambda conn: conn.execute(sa.text("SELECT 1")).scalar_one())
         except OncewiseError as error:
             checks["storage"] = error.code
+        if self._coordination is not None:
+            # Not a reason to be taken out of service: all workers would be, and each of them can serve.
+            checks["coordination"] = "ok" if await self._coordination.check() is None else DEGRADED
         if self.draining:
             checks["server"] = "draining"
         return checks
@@ -156,6 +171,7 @@ async def open_services(
     Raises:
         StorageUnavailable: the database cannot be opened.
         SchemaMismatch: the database has another version's schema.
+        CoordinationUnavailable: Redis cannot be used with what is installed or set; one that only does not answer can.
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
@@ -181,7 +197,16 @@ async def _wire(
         for listener in listeners:
             listener(event)
 
-    lanes = _lanes(settings, opening, tell)
+    coordination = await _coordination(settings, await deployment_secret(database), owner, tell, opening)
+    slow = SqlSignals(database, owner, others=database.neighbours)
+    await slow.begin()
+    opening.push_async_callback(slow.aclose)
+    keep_s = max(settings.log_retention_s, LEAST_KEPT_S)
+    fleet = Fleet(await deployment_secret(database), coordination=coordination, slow=slow, keep_s=keep_s)
+    opening.push_async_callback(fleet.aclose)
+    limits = _Limits(database, owner, coordination, fleet, opening)
+    await limits.look()
+    lanes = _lanes(settings, opening, tell, limits)
     hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
     prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
@@ -199,6 +224,7 @@ async def _wire(
         owner=owner,
         rules=rules,
         ids=_new_id,
+        fleet=fleet,
     )
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
@@ -211,10 +237,14 @@ async def _wire(
         ids=_new_id,
         policies=_policies(settings),
         listener=tell,
+        fleet=fleet,
     )
+    slow.idle = lambda: limits.alone or (fleet.idle and turns.idle and completions.idle)
+    slow.quiet = lambda: fleet.prompt
     await _resolve_lost(ledger, database)
     shared = metrics.run(then=prometheus.publish)
-    for beside in (shared, keys.run(), _free_lost(ledger, database), _sweep(ledger, settings.lease_s)):
+    lost = _free_lost(ledger, database, turns.remotes.owners_lost)
+    for beside in (shared, keys.run(), limits.run(), lost, _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,
@@ -227,8 +257,9 @@ async def _wire(
         hub,
         prometheus,
         names,
-        await database.hazards(),
+        (*await database.hazards(), *await _coordination_hazards(coordination)),
         _database=database,
+        _coordination=coordination,
         _opened=opening.pop_all(),
     )
 
@@ -287,14 +318,15 @@ async def _resolve_lost(ledger: SqlTurnLedger, database: Database) -> None:
         await ledger.lapse(dead)
 
 
-async def _free_lost(ledger: SqlTurnLedger, database: Database) -> None:
-    """Let the leases of dead owners lapse, so that whoever follows one of their turns takes it over."""
+async def _free_lost(ledger: SqlTurnLedger, database: Database, tell: Callable[[frozenset[str]], None]) -> None:
+    """Let the leases of dead owners lapse, and tell whoever follows one of their turns, to take it over."""
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
         with suppress(OncewiseError):
             dead = await database.dead_owners()
             if dead:
                 await ledger.lapse(dead)
+                tell(frozenset(dead))
 
 
 async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
@@ -305,6 +337,122 @@ async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
             await ledger.sweep(lapsed_s=FOLLOWERS_FIRST_S)
 
 
+# -- other workers -----------------------------------------------------------------------------------------------
+
+LEAST_KEPT_S = 60.0
+"""How long what is told to other workers is kept at least: longer than a provider may say nothing."""
+
+_NO_DRIVER = "Redis needs its driver: pip install 'oncewise[cluster]'."
+_BAD_ADDRESS = "The URL of Redis (ONCEWISE_REDIS_URL, --redis) cannot be used; it looks like redis://host:6379/0."
+
+
+async def _coordination(
+    settings: Settings, secret: bytes, owner: str, tell: Listener, opening: AsyncExitStack
+) -> Coordination | None:
+    """What lies between the workers, if the settings name it; it need not answer now.
+
+    Raises:
+        CoordinationUnavailable: it cannot be used with what is installed or set.
+    """
+    if settings.redis_url is None:
+        return None
+    try:
+        # With its driver, which is an extra: a server of one process needs neither.
+        from oncewise.coordination.redis import BadAddress, open_redis  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "redis":
+            raise
+        raise CoordinationUnavailable(_NO_DRIVER) from None
+    deployment = hmac.digest(secret, b"redis", "sha256").hex()[:16]
+    try:
+        coordination = await open_redis(settings.redis_url, deployment=deployment, address=owner, listener=tell)
+    except BadAddress:
+        raise CoordinationUnavailable(_BAD_ADDRESS) from None
+    opening.push_async_callback(coordination.aclose)
+    return coordination
+
+
+async def _coordination_hazards(coordination: Coordination | None) -> tuple[str, ...]:
+    wrong = None if coordination is None else await coordination.check()
+    return () if wrong is None else (f"{wrong} Requests are served without it meanwhile.",)
+
+
+class _Limits:
+    """How this process shares the limits of providers: by Redis, else by the database, and with nobody if it is alone.
+
+    Made once; `look` must be called before the first pacer is.
+
+    Attributes:
+        alone: Whether no other process uses the database.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        owner: str,
+        coordination: Coordination | None,
+        fleet: Fleet,
+        opening: AsyncExitStack,
+    ) -> None:
+        self._database = database
+        self._owner = owner
+        self._coordination = coordination
+        self._fleet = fleet
+        self._opening = opening
+        self.alone = True
+        self._pacers: dict[str, Pacer] = {}
+        self._errands = Errands()
+        opening.push_async_callback(self._errands.aclose)
+        fleet.hear("pause", self._paused)
+
+    async def look(self) -> None:
+        """See whether others use the database."""
+        self.alone = await self._database.alone()
+
+    async def run(self) -> None:
+        """Look now and then."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            with suppress(OncewiseError):
+                await self.look()
+
+    def pacer(self, name: str, *, rate: float, burst: int, concurrency: int) -> Pacer:
+        """The pacer of a provider."""
+        by_rows = SqlLimiter(self._database, name, rate=rate, burst=burst)
+        rows = SqlCallSlots(self._database, name, limit=concurrency, owner=self._owner)
+        self._opening.push_async_callback(rows.aclose)
+        limiters: list[SharedLimiter] = [by_rows]
+        slots: list[CallSlots] = [rows]
+        if self._coordination is not None:
+            limiters.insert(0, self._coordination.limiter(name, rate=rate, burst=burst))
+            slots.insert(0, self._coordination.slots(name, limit=concurrency))
+        # Alone on the database, nobody has to be asked there.
+        limiter = FallbackLimiter(
+            lambda: limiters[:-1] if self.alone else limiters, Starts(rate, burst), asyncio.get_running_loop().time
+        )
+        # Nobody waits whose start could not come in time: it is better told at once.
+        places = min(QUEUE_PLACES, math.ceil(rate * QUEUE_S))
+        self._pacers[name] = pacer = Pacer(
+            limiter,
+            concurrency=concurrency,
+            max_waiting=places,
+            max_wait_s=QUEUE_S,
+            slots=FallbackSlots(lambda: slots[:-1] if self.alone else slots),
+            on_pause=partial(self._pause, name, limiter),
+        )
+        return pacer
+
+    def _pause(self, name: str, limiter: FallbackLimiter, for_s: float) -> None:
+        if self._coordination is not None or not self.alone:
+            self._errands.run(limiter.pause(for_s))
+            self._fleet.tell(Signal("pause", name, data={"for_s": for_s}), None, surely=True)
+
+    def _paused(self, signal: Signal) -> None:
+        pacer = self._pacers.get(signal.name)
+        if pacer is not None:
+            pacer.hold(float(signal.data["for_s"]))
+
+
 # -- providers ---------------------------------------------------------------------------------------------------
 
 QUEUE_S = 60.0
@@ -312,22 +460,17 @@ QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
-def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener) -> Lanes:
+def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener, limits: _Limits) -> Lanes:
     demo = DemoProvider(latency_ms=settings.demo_latency_ms, rps=settings.demo_rps)
-    demo_lane = _lane(demo, settings.demo_rps, opening, tell, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
+    demo_pacer = limits.pacer(demo.name, rate=settings.demo_rps, burst=1, concurrency=64)
+    demo_lane = _lane(demo, demo_pacer, opening, tell, model="demo-1", meta=DEMO_META)
     if settings.demo:
         return Lanes({"demo": demo_lane}, fallback=demo_lane)
     lanes = {"demo": demo_lane}
     for configured in settings.providers.values():
-        lanes[configured.name] = _lane(
-            connect(configured),
-            configured.rps,
-            opening,
-            tell,
-            burst=configured.burst,
-            concurrency=configured.concurrency,
-            model=configured.default_model,
-        )
+        name, rate, burst = configured.name, configured.rps, configured.burst
+        pacer = limits.pacer(name, rate=rate, burst=burst, concurrency=configured.concurrency)
+        lanes[name] = _lane(connect(configured), pacer, opening, tell, model=configured.default_model)
     return Lanes(lanes)
 
 
@@ -357,19 +500,13 @@ def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativePr
 
 def _lane(
     provider: Provider,
-    rps: float,
+    pacer: Pacer,
     opening: AsyncExitStack,
     tell: Listener,
     *,
-    burst: int,
-    concurrency: int,
     model: str,
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProviderLane:
-    limiter = LocalLimiter(rps, burst, asyncio.get_running_loop().time)
-    # Nobody waits whose start could not come in time: it is better told at once.
-    places = min(QUEUE_PLACES, math.ceil(rps * QUEUE_S))
-    pacer = Pacer(limiter, concurrency=concurrency, max_waiting=places, max_wait_s=QUEUE_S)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
     return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

@@ -39,6 +39,7 @@ __all__ = [
     "Clock",
     "Completion",
     "Coordination",
+    "CoordinationChanged",
     "Follow",
     "KeyStore",
     "Lead",
@@ -619,12 +620,29 @@ class CallSlots(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class CoordinationChanged:
+    """What lies between the workers went away, or answers again; an event for listeners.
+
+    Attributes:
+        reason: Why it is away, in one word of the driver's or the server's; empty if it answers.
+    """
+
+    up: bool
+    reason: str = ""
+
+
 class Coordination(Protocol):
     """All that workers share beside the database, in one place. Owned and closed by the composition root."""
 
-    relay: Relay
-    signals: Signals
-    claims: Claims
+    @property
+    def relay(self) -> Relay: ...
+
+    @property
+    def signals(self) -> Signals: ...
+
+    @property
+    def claims(self) -> Claims: ...
 
     def limiter(self, provider: str, *, rate: float, burst: int) -> SharedLimiter:
         """The limiter of one provider; `rate` and `burst` as in `oncewise.core.pacing.Gcra`."""

@@ -51,6 +51,7 @@ async def test_requests_are_refused_within_a_second_and_served_again_without_a_r
     assert (await server.say(thread, "After", model="n2")).status == 200
     assert (await server.ask("GET", "/health/readiness")).status == 200
     assert [content for _, content in await server.messages(thread)][::2] == ["Before", "After"]
+    assert not [line for line in server.lines if "Traceback" in line or "ERROR" in line]
 
 
 @pytest.mark.parametrize("away_s", [0.3, 3.5])

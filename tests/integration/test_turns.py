@@ -15,6 +15,7 @@ import pytest
 from oncewise.errors import (
     HeadMoved,
     IdempotencyMismatch,
+    LeaderLost,
     NotFound,
     OncewiseError,
     ProviderError,
@@ -417,11 +418,14 @@ async def test_different_messages_take_turns(desk):
     """C23: roles alternate, and each prompt holds the turns before it."""
     thread = await desk.thread()
     desk.provider.gap_s = 0.005
+    began_s = asyncio.get_running_loop().time()
 
-    await asyncio.gather(*(desk.post(thread, f"m{number}") for number in range(5)))
+    await asyncio.gather(*(desk.post(thread, f"m{number}") for number in range(10)))
 
+    # Half a second each if they were to look for their turn instead of being woken.
+    assert asyncio.get_running_loop().time() - began_s < 4.0
     stored = await desk.messages(thread)
-    assert [role for role, _ in stored] == ["user", "assistant"] * 5
+    assert [role for role, _ in stored] == ["user", "assistant"] * 10
     assert desk.provider.max_running == 1
     for number, call in enumerate(desk.provider.calls):
         assert [message.content for message in call.messages] == [text for _, text in stored[: 2 * number + 1]]
@@ -822,6 +826,40 @@ async def test_an_impatient_message_stops_the_running_turn(tmp_path, on_busy):
         await desk.settled()
 
 
+async def test_an_impatient_message_stops_only_the_one_that_runs(held):
+    """Those that wait between them keep their places."""
+    thread = await held.thread()
+    running = asyncio.create_task(held.outcome(thread, "one"))
+    await held.provider.started.wait()
+    waiting = asyncio.create_task(held.post(thread, "two"))
+    await asyncio.sleep(0.02)
+    impatient = asyncio.create_task(held.post(thread, "three", on_busy=OnBusy.INTERRUPT))
+    assert (await running).code == "turn_cancelled"
+    held.provider.go.set()
+    await asyncio.gather(waiting, impatient)
+
+    assert [text for role, text in await held.messages(thread) if role == "user"] == ["two", "three"]
+    await held.settled()
+
+
+async def test_the_first_reason_to_stop_is_the_one_that_counts(held):
+    """A turn that is rolled back keeps no partial, though somebody cancels it in the same moment."""
+    held.provider.deltas, held.provider.gap_s = ["shown", "never"], 0.05
+    thread = await held.thread()
+    caller = asyncio.create_task(held.outcome(thread))
+    await held.provider.started.wait()
+    turn = await held.threads.active(thread.org_id, thread.id)
+    run = held.turns.run_of(thread.org_id, turn.id)
+    held.provider.go.set()
+    while not run.log.deltas:
+        await asyncio.sleep(0.005)
+    run.stop(TurnCancelled().failure(), keep_partial=False)
+    run.stop(LeaderLost().failure(), keep_partial=True)
+
+    assert (await caller).code == "turn_cancelled"
+    assert await held.messages(thread) == []
+
+
 async def test_an_impatient_identical_message_joins(held):
     """The policy is for different messages."""
     thread = await held.thread()
@@ -862,6 +900,20 @@ async def test_a_thread_that_another_process_deletes_leaves_nothing_open(held):
 
     assert [(await caller).code for caller in callers] == ["not_found"] * 2
     assert [chunk async for chunk in viewer] == []
+    await held.settled()
+
+
+async def test_the_text_of_a_running_call_counts_against_the_memory_of_streams(held):
+    """Once for the call, and once for each turn that copies it."""
+    held.provider.gap_s = 0.05
+    thread = await held.thread()
+    caller = asyncio.create_task(held.post(thread))
+    await held.provider.started.wait()
+    held.provider.go.set()
+    while not held.calls.logs.stats().bytes:
+        await asyncio.sleep(0.005)
+        assert not caller.done()
+    await caller
     await held.settled()
 
 

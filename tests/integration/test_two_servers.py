@@ -164,7 +164,7 @@ async def test_a_server_that_is_asked_to_stop_hands_its_turn_over(pair, fake):
     """Its lease is released, so that the follower's server need not wait for it."""
     leader, other = pair
     thread = await leader.thread()
-    said = {"model": "lat4000-n3"}
+    said = {"model": "lat2000-n3"}
     leading = asyncio.ensure_future(leader.say(thread, **said))
     await called(fake)
     (follower,) = await following(other, thread, 1, **said)

@@ -83,6 +83,7 @@ class History:
         self.accounts = Accounts(lambda ended, share: self.rows.append((ended, share)))
         self.requests: list[tuple[CompletionTicket, asyncio.Task[None]]] = []
         self.refused = 0
+        self.cancels: list[asyncio.Task[bool]] = []
 
     async def play(self, history: list[Op]) -> None:
         steps: Mapping[str, Callable[[int], object]] = {
@@ -135,12 +136,12 @@ class History:
         if self.requests:
             run = self.requests[n % len(self.requests)][0].run
             if ("acme", run.call_id) in self.desk._runs:
-                self.desk.cancel("acme", run.call_id)
+                self.cancels.append(asyncio.create_task(self.desk.cancel("acme", run.call_id)))
 
     async def end(self) -> None:
         """Let everything come to its end, and look at the rows."""
         await self.desk.aclose(0.0)
-        await asyncio.gather(*(task for _, task in self.requests), return_exceptions=True)
+        await asyncio.gather(*(task for _, task in self.requests), *self.cancels, return_exceptions=True)
         await turns(5)
         assert self.desk.flights.stats().tasks == 0
         # A request whose task was cancelled before its first step never came to its route.

@@ -27,6 +27,7 @@ ops = st.lists(
 class Visitor:
     """One transaction: where it is, and since when."""
 
+    number: int
     came_s: float
     task: asyncio.Task[None]
     leave: asyncio.Event
@@ -42,6 +43,9 @@ class House:
         self.visitors: list[Visitor] = []
         self.entered: list[Visitor] = []
         self.moved_s = 0.0
+        self.told_s = -1.0
+        self.queue: list[Visitor] = []
+        self.queued_since_s = 0.0
 
     @property
     def inside(self) -> list[Visitor]:
@@ -52,7 +56,23 @@ class House:
         return [visitor for visitor in self.visitors if not visitor.inside and not visitor.task.done()]
 
     async def visit(self, visitor: Visitor) -> None:
+        if not self.queue:
+            self.queued_since_s = virtual_loop().time()
+        self.queue.append(visitor)
+        try:
+            await self.stay(visitor)
+        except StorageUnavailable:
+            now_s = virtual_loop().time()
+            if now_s != self.told_s:
+                assert now_s - max(self.moved_s, self.queued_since_s) >= PATIENCE_S - 1e-9
+            raise
+        finally:
+            if visitor in self.queue:
+                self.queue.remove(visitor)
+
+    async def stay(self, visitor: Visitor) -> None:
         async with self.places:
+            self.queue.remove(visitor)
             visitor.inside = True
             self.entered.append(visitor)
             assert len(self.inside) <= self.size
@@ -63,7 +83,7 @@ class House:
                 self.moved_s = virtual_loop().time()
 
     def come(self, _n: int) -> None:
-        visitor = Visitor(virtual_loop().time(), None, asyncio.Event())  # type: ignore[arg-type]
+        visitor = Visitor(len(self.visitors), virtual_loop().time(), None, asyncio.Event())  # type: ignore[arg-type]
         visitor.task = asyncio.ensure_future(self.visit(visitor))
         self.visitors.append(visitor)
 
@@ -76,6 +96,7 @@ class House:
             self.waiting[n % len(self.waiting)].task.cancel()
 
     def turn_away(self, _n: int) -> None:
+        self.told_s = virtual_loop().time()
         self.places.turn_away()
 
     def check(self) -> None:
@@ -84,7 +105,7 @@ class House:
             assert len(self.inside) == self.size
             since_s = max(self.moved_s, min(visitor.came_s for visitor in self.waiting))
             assert virtual_loop().time() - since_s <= PATIENCE_S
-        order = [visitor.came_s for visitor in self.entered]
+        order = [visitor.number for visitor in self.entered]
         assert order == sorted(order)
 
     async def play(self, history: list[Op]) -> None:
@@ -120,8 +141,18 @@ async def play(size: int, history: list[Op]) -> None:
 
 
 @given(st.integers(1, 3), ops)
+# First come, first served; also past somebody who has just given up.
+@example(1, [("come", 0, 3)] * 3 + [("go", 0, 3)] * 3)
+@example(1, [("come", 0, 3)] * 3 + [("go", 0, 0), ("give up", 0, 1), ("go", 0, 3)])
 # A place is handed to somebody who gives up before he hears of it.
-@example(1, [("come", 0, 3), ("come", 0, 3), ("go", 0, 0), ("give up", 0, 0), ("come", 0, 3)])
+@example(1, [("come", 0, 3), ("come", 0, 3), ("go", 0, 1), ("give up", 0, 0), ("come", 0, 3)])
+# Turned away and giving up at the same moment: no place was given, so none is given back.
+@example(1, [("come", 0, 3)] * 3 + [("turn away", 0, 0), ("give up", 0, 0), ("come", 0, 3), ("go", 0, 3)])
+# The first who waits gives up; patience begins anew with the next.
+@example(
+    1,
+    [("come", 0, 3)] * 2 + [("pass", 7, 3), ("give up", 0, 3), ("pass a little", 0, 0), ("come", 0, 3), ("pass", 0, 3)],
+)
 @example(1, [("come", 0, 3), ("come", 0, 3), ("pass", 7, 0), ("pass", 7, 3), ("come", 0, 3)])
 # Movement keeps patience alive for those who came later too.
 @example(2, [("come", 0, 3)] * 4 + [("pass", 0, 0), ("go", 0, 3), ("pass", 0, 3), ("pass", 7, 3)])

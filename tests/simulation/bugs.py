@@ -3,13 +3,16 @@
 Each is a part that is wrong in one way. `PLANTED` names them; every one must be found within two thousand seeds.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 from oncewise.core.coalesce import Waiter
 from oncewise.core.keys import RequestKey
+from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.model import Answer, ChatRequest, StoredTurn, TurnAsk, TurnClaim
 from oncewise.ports import Admission
 from oncewise.service.calls import CallResult, CallRun, Calls
+from tests.simulation.between import Between
 from tests.simulation.fleet import Parts, Provider, RemoteLedger
 from tests.simulation.ledger import Records
 
@@ -115,6 +118,20 @@ class NoTenantInTheKey(Calls):
         return super().key("everybody", request)
 
 
+class NoEpochInTheStream(StreamHub):
+    """Positions count deltas and do not say whose."""
+
+    def open(self, key: Hashable, epoch: int = 1) -> StreamLog:
+        return super().open(key, 1)
+
+
+class ReleaseWithoutToken(Between):
+    """Whoever gives a name up takes it from whoever has it."""
+
+    def give_up(self, name: str, holder: str) -> None:
+        self.forget(name)
+
+
 PLANTED = {
     "no epoch in WHERE": Parts(records=NoEpochInWhere),
     "acknowledged before the commit": Parts(ledger=AckBeforeCommit, records=Previewing),
@@ -123,5 +140,7 @@ PLANTED = {
     "no unique place": Parts(ledger=NoUniquePlace),
     "the end of a body is the end of an answer": Parts(provider=EndOfBodyIsDone),
     "a retry after the first delta": Parts(calls=RetryAfterTheFirstDelta),
+    "no epoch in the stream": Parts(hub=NoEpochInTheStream),
+    "a release without a token": Parts(between=ReleaseWithoutToken),
     "no tenant in the key": Parts(calls=NoTenantInTheKey),
 }

@@ -8,8 +8,9 @@ what is stored, I7 nothing crosses tenants, I8 nothing is left behind.
 from collections.abc import Iterator
 from itertools import pairwise
 
-from oncewise.model import MessageStatus, StoredTurn, TurnState
-from tests.simulation.fleet import Client, Fleet
+from oncewise.api.answers import terminal_position
+from oncewise.model import ChatRequest, MessageStatus, StoredTurn, TurnState
+from tests.simulation.fleet import CallClient, Client, Fleet
 
 __all__ = ["violations"]
 
@@ -25,6 +26,7 @@ def violations(fleet: Fleet) -> list[str]:
         *_calls_are_bounded(fleet),
         *_everybody_is_answered(fleet),
         *_tenants_are_apart(fleet),
+        *_calls_are_shared(fleet),
         *_nothing_is_left(fleet),
         *_no_task_died(fleet),
     ]
@@ -68,6 +70,8 @@ def _told_is_stored(fleet: Fleet) -> Iterator[str]:
         turn = fleet.turn(told.turn_id)
         if turn is None:
             yield f"I1 {told.turn_id} was told and is not stored"
+        elif client.ended_at not in (None, terminal_position(turn)) and told.state == turn.state:
+            yield f"I6 {turn.id} ended at {client.ended_at}, and the row says {terminal_position(turn)}"
         elif told.state == TurnState.COMPLETED:
             yield from _completed_is_kept(client, turn)
         elif told.state in (TurnState.FAILED, TurnState.INTERRUPTED, TurnState.CANCELLED):
@@ -111,13 +115,14 @@ def _calls_are_bounded(fleet: Fleet) -> Iterator[str]:
         elif call.ends != "well":
             yield f"I3 {turn.id} holds the text of a call that ended as {call.ends}"
     attempts = {(call.org_id, call.turn_id, call.epoch, call.attempt) for call in fleet.records.calls}
-    if len(attempts) < len(fleet.provider_calls):
-        yield f"I4 {len(fleet.provider_calls)} provider calls, {len(attempts)} on record"
+    made = [call for call in fleet.provider_calls if isinstance(call.request, ChatRequest)]
+    if len(attempts) < len(made):
+        yield f"I4 {len(made)} provider calls, {len(attempts)} on record"
     if any(call.attempt > FLIGHT_ATTEMPTS for call in fleet.records.calls):
         yield "I4 more retries than a flight may make"
     turns = sum(len(thread.turns) for thread in fleet.records.threads.values())
-    if not fleet.broke and len(fleet.provider_calls) > turns:
-        yield f"I4 {len(fleet.provider_calls)} provider calls for {turns} turns, and nothing broke"
+    if not fleet.broke and len(made) > turns:
+        yield f"I4 {len(made)} provider calls for {turns} turns, and nothing broke"
 
 
 def _everybody_is_answered(fleet: Fleet) -> Iterator[str]:
@@ -137,6 +142,31 @@ def _tenants_are_apart(fleet: Fleet) -> Iterator[str]:
                 call = message.content.partition(".")[0]
                 if whose.setdefault(call, org_id) != org_id:
                     yield f"I7 the answer {call} is stored for {whose[call]} and {org_id}"
+
+
+def _calls_are_shared(fleet: Fleet) -> Iterator[str]:
+    """Of requests to `/v1`: each has the text of one call, no tenants share, and equal ones run one at a time."""
+    by_text = {call.text: call for call in fleet.provider_calls if call.ends == "well"}
+    whose: dict[int, str] = {}
+    for client in fleet.clients:
+        if isinstance(client, CallClient) and client.told is not None and client.told.state == TurnState.COMPLETED:
+            call = by_text.get(client.told.text)
+            if call is None:
+                yield f"I3 told {client.told.text!r}, which no call said"
+            elif whose.setdefault(call.number, client.ask.org_id) != client.ask.org_id:
+                yield f"I7 the answer {call.number} was given to {whose[call.number]} and {client.ask.org_id}"
+    if fleet.between is not None:
+        yield from (f"I4 {wrong}" for wrong in fleet.between.wrongs)
+        if not fleet.broke:
+            yield from _one_at_a_time(fleet, whose)
+
+
+def _one_at_a_time(fleet: Fleet, whose: dict[int, str]) -> Iterator[str]:
+    for org_id in set(whose.values()):
+        calls = [call for call in fleet.provider_calls if whose.get(call.number) == org_id]
+        for one, other in pairwise(sorted(calls, key=lambda call: call.at_s)):
+            if other.at_s < one.until_s:
+                yield f"I4 {org_id} made calls {one.number} and {other.number} at once, and nothing broke"
 
 
 def _nothing_is_left(fleet: Fleet) -> Iterator[str]:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -27,10 +28,15 @@ from oncewise.core.pacing import LocalLimiter, Pacer
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Position, StreamHub
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, StorageUnavailable
-from oncewise.model import ChatRequest, FinishReason, Role, StoredTurn, TurnAsk, TurnState, Usage
-from oncewise.ports import Completion, ProviderEvent, TextDelta
+from oncewise.model import ChatRequest, CompletionRequest, FinishReason, Role, StoredTurn, TurnAsk, TurnState, Usage
+from oncewise.ports import Chunk, Completion, ProviderEvent, TextDelta
 from oncewise.service.calls import Calls, ProviderLane, remember_s
+from oncewise.service.completions import CompletionAsk, Completions, Wish
+from oncewise.service.fleet import Fleet as Among
+from oncewise.service.model_names import ModelNames
+from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns, TurnTicket
+from tests.simulation.between import Between, WayThere
 from tests.simulation.ledger import Records
 from tests.simulation.world import Machine, World
 
@@ -53,12 +59,14 @@ class Call:
     Attributes:
         ends: How it is to end: `well`, `refused`, `cut` after some deltas, or `eof` without a finish reason.
         deltas: How many pieces are sent before it ends.
+        until_s: When it ended; infinity if its worker was lost.
     """
 
     number: int
-    request: ChatRequest
+    request: ChatRequest | CompletionRequest
     worker: str
     at_s: float
+    until_s: float = float("inf")
     ends: str = "well"
     deltas: int = DELTAS
 
@@ -85,18 +93,34 @@ class Provider:
     async def stream(self, request: ChatRequest) -> AsyncGenerator[ProviderEvent, None]:
         """See `Provider.stream`."""
         call = self._fleet.called(request, self._machine)
-        world = self._fleet.world
-        await asyncio.sleep(world.delay_s() + GAP_S)
-        if call.ends == "refused":
-            raise ProviderError
-        for at in range(call.deltas):
-            yield TextDelta(call.piece(at))
-            await asyncio.sleep(world.delay_s() + GAP_S * world.chance.random())
-        if call.ends == "cut":
-            raise ProviderError
-        if call.ends == "eof" and not self.eof_is_done:
-            raise ProviderProtocolError
+        async with aclosing(self._pieces(call)) as pieces:
+            async for piece in pieces:
+                yield TextDelta(piece)
         yield Completion(FinishReason.STOP, Usage(1, call.deltas), model=request.model)
+
+    async def chunks(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
+        """See `Provider.chunks`."""
+        call = self._fleet.called(request, self._machine)
+        async with aclosing(self._pieces(call)) as pieces:
+            async for piece in pieces:
+                yield {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+        yield {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 1}}
+
+    async def _pieces(self, call: Call) -> AsyncGenerator[str, None]:
+        world = self._fleet.world
+        try:
+            await asyncio.sleep(world.delay_s() + GAP_S)
+            if call.ends == "refused":
+                raise ProviderError
+            for at in range(call.deltas):
+                yield call.piece(at)
+                await asyncio.sleep(world.delay_s() + GAP_S * world.chance.random())
+            if call.ends == "cut":
+                raise ProviderError
+            if call.ends == "eof" and not self.eof_is_done:
+                raise ProviderProtocolError
+        finally:
+            call.until_s = world.now_s
 
     async def aclose(self) -> None:
         """See `Provider.aclose`."""
@@ -159,6 +183,15 @@ class Worker:
         self.name = name
         self.machine = machine = Machine(fleet.world, name)
         self.ledger: Any = fleet.parts.ledger(fleet, machine)
+        self._fleet = fleet
+        machine.read(self._make)
+        machine.start(self._free_lost())
+        machine.start(self._sweep(fleet.world.chance.random() * LEASE_S))
+
+    def _make(self) -> None:
+        fleet, machine = self._fleet, self.machine
+        way = WayThere(fleet.between, machine) if fleet.between is not None else None
+        among = Among(b"secret", coordination=way)  # type: ignore[arg-type]
         limiter = LocalLimiter(fleet.rps, 1, machine.loop.time)
         self.pacer = Pacer(limiter, concurrency=8)
         lane = ProviderLane(fleet.parts.provider(fleet, machine), self.pacer, "small", RetryBudget())  # type: ignore[arg-type]
@@ -170,19 +203,28 @@ class Worker:
             ids=fleet.new_id,
             chance=fleet.world.chance.random,
         )
-        self.hub = StreamHub(JsonLines(), retention_s=5.0)
+        self.hub = fleet.parts.hub(JsonLines(), retention_s=5.0)
         self.turns = Turns(
             ledger=self.ledger,
             calls=self.calls,
             flights=Coalescer(deadline_s=None),
             hub=self.hub,
-            owner=name,
+            owner=self.name,
             rules=TurnRules(lease_s=LEASE_S),
             ids=fleet.new_id,
+            fleet=among,
         )
-        self._fleet = fleet
-        machine.start(self._free_lost())
-        machine.start(self._sweep(fleet.world.chance.random() * LEASE_S))
+        names = ModelNames({Provider.name: "small"}, default_provider=Provider.name)
+        self.threads = Threads(None, self.turns, names=names)  # type: ignore[arg-type]
+        self.completions = Completions(
+            {Provider.name: lane},
+            names,
+            logs=StreamHub(retention_s=5.0),
+            ids=fleet.new_id,
+            chance=fleet.world.chance.random,
+            now_s=lambda: 0,
+            fleet=among,
+        )
 
     async def _free_lost(self) -> None:
         """As `oncewise.bootstrap` does it; so is the next."""
@@ -202,7 +244,8 @@ class Worker:
     @property
     def idle(self) -> bool:
         """Whether nothing is held for anybody."""
-        flights = self.machine.read(lambda: (self.turns.flights.stats(), self.calls.flights.stats()))
+        tables = (self.turns.flights, self.calls.flights, self.completions.flights)
+        flights = self.machine.read(lambda: [table.stats() for table in tables])
         pacer = self.machine.read(self.pacer.stats)
         held = sum(stats.flights + stats.waiters + stats.tasks for stats in flights)
         return held + pacer.waiting + pacer.running == 0
@@ -216,6 +259,8 @@ class Parts:
     calls: type[Calls] = Calls
     ledger: type[RemoteLedger] = RemoteLedger
     records: type[Records] = Records
+    between: type[Between] = Between
+    hub: type[StreamHub] = StreamHub
 
 
 # -- clients -----------------------------------------------------------------------------------------------------
@@ -243,6 +288,7 @@ class Client:
     Attributes:
         told: The answer; None while it waits.
         broken: What it saw that no client may see, in words.
+        ended_at: The position of the end of its stream.
         saw: The epochs under which it was shown text, by turn.
     """
 
@@ -255,6 +301,7 @@ class Client:
         self.tries = 0
         self.began_s = 0.0
         self._at: Machine | None = None
+        self.ended_at: Position | None = None
         self.saw: dict[str, set[int]] = {}
         self._shown = ""
         self._last: Position | None = None
@@ -338,8 +385,7 @@ class Client:
         """As `Streams.resume`."""
         try:
             turn = await self._read(worker, turn_id)
-            run = worker.turns.run_of(turn.org_id, turn.id)
-            log = await run.watch() if run is not None else worker.hub.get((turn.org_id, turn.id))
+            log = await worker.threads.watch(turn)
             source = self._row(worker, turn) if log is None else log.view(self._last)
             if source.from_start:
                 self._shown, self._last = "", None
@@ -381,9 +427,29 @@ class Client:
             self.saw.setdefault(self._turn_id or "", set()).add(event["epoch"])
         elif name in ("done", "error"):
             data = event["data"]
+            self.ended_at = position
             # A turn that the database could not be told of ends there in its own way.
             state = data["code"] if data.get("code") in STORAGE_CODES else data["state"]
             self._answer(state, self._shown, self._turn_id)
+
+
+class CallClient(Client):
+    """Sends one request to `/v1`, and again as an SDK does."""
+
+    def __init__(self, fleet: "Fleet", org_id: str, body: Mapping[str, Any]) -> None:
+        super().__init__(fleet, TurnAsk(org_id, "", "", Provider.name, "small", ""), stream=False)
+        self.body = body
+
+    async def _wait(self, worker: Worker) -> None:
+        ask = CompletionAsk(self.fleet.new_id(), self.body, wish=Wish.ON)
+        try:
+            with worker.completions.send(self.ask.org_id, ask) as ticket:
+                completion = await ticket.result()
+                document = json.loads(ticket.run.document(completion))
+        except OncewiseError as error:
+            self._refused(error)
+            return
+        self._answer(TurnState.COMPLETED.value, document["choices"][0]["message"]["content"], None)
 
 
 # -- the fleet ---------------------------------------------------------------------------------------------------
@@ -396,6 +462,7 @@ class Fleet:
     Attributes:
         dead: Workers that crashed; their liveness locks are free.
         broke: Whether any fault happened.
+        between: What lies between the workers; None if each is on its own.
         database_down: Whether the database answers nobody.
         database_skew_s: How far its clock was stepped.
         script: How the next provider calls end; calls beyond it end well.
@@ -412,6 +479,7 @@ class Fleet:
     broke: bool = False
     database_down: bool = False
     database_skew_s: float = 0.0
+    between: Between | None = None
     _numbers: Any = field(default_factory=count)
 
     def __post_init__(self) -> None:
@@ -431,15 +499,18 @@ class Fleet:
         """Kill a worker; another takes its place after a while."""
         worker.machine.crash()
         self.dead.append(worker.name)
+        if self.between is not None:
+            self.between.listeners.pop(worker.name, None)
         self.workers.remove(worker)
         for client in self.clients:
             client.lost(worker.machine)
         self.world.after(restart_s, self.add_worker)
 
-    def called(self, request: ChatRequest, machine: Machine) -> Call:
+    def called(self, request: ChatRequest | CompletionRequest, machine: Machine) -> Call:
         """Take a provider call in."""
         ends, deltas = self.script.pop(0) if self.script else ("well", DELTAS)
-        call = Call(len(self.provider_calls), request, machine.name, self.world.now_s, ends, deltas)
+        number, at_s = len(self.provider_calls), self.world.now_s
+        call = Call(number, request, machine.name, at_s, ends=ends, deltas=deltas)
         self.provider_calls.append(call)
         return call
 
@@ -449,6 +520,13 @@ class Fleet:
         fingerprint = sha256(content.encode()).hexdigest()
         ask = TurnAsk(org_id, thread_id, content, Provider.name, "small", fingerprint, **how)
         client = Client(self, ask, stream=stream)
+        self.clients.append(client)
+        self.world.after(at_s, client.begin)
+
+    def ask(self, at_s: float, org_id: str, content: str) -> None:
+        """Let a client send a request to `/v1`."""
+        body = {"model": "simulated/small", "messages": [{"role": "user", "content": content}]}
+        client = CallClient(self, org_id, body)
         self.clients.append(client)
         self.world.after(at_s, client.begin)
 

@@ -22,6 +22,8 @@ def history(seed: int, parts: Parts = Parts()) -> Fleet:  # noqa: B008  frozen
     world = World(seed)
     chance = world.chance
     fleet = Fleet(world, parts, rps=chance.choice([1000.0, 1000.0, 2.0]))
+    if chance.random() < 0.6:
+        fleet.between = parts.between(world)
     for _ in range(chance.randint(1, 3)):
         fleet.add_worker()
     _ask(fleet)
@@ -34,6 +36,8 @@ def history(seed: int, parts: Parts = Parts()) -> Fleet:  # noqa: B008  frozen
             world.after(chance.uniform(0.0, 3.0), chance.choice(FAULTS), fleet)
     world.run(PATIENCE_S, lambda: fleet.settled)
     world.loss, fleet.database_down = 0.0, False
+    if fleet.between is not None:
+        fleet.between.down = False
     # What is left running ends, and what was lost is swept.
     world.run(world.now_s + 60.0, lambda: False)
     return fleet
@@ -57,6 +61,10 @@ def _ask(fleet: Fleet) -> None:
                     stream=chance.random() < 0.5,
                     idempotency_key=content if keyed else None,
                 )
+
+    for org_id in ORGS[: chance.choice([0, 0, 1, 2])]:
+        for _ in range(chance.randint(1, 4)):
+            fleet.ask(chance.uniform(0.0, 2.0), org_id, "same")
 
 
 # -- faults ------------------------------------------------------------------------------------------------------
@@ -96,7 +104,20 @@ def _step_clock(fleet: Fleet) -> None:
     fleet.database_skew_s += fleet.world.chance.choice([-1.0, 1.0, 20.0, 3600.0])
 
 
+def _stop_between(fleet: Fleet) -> None:
+    if fleet.between is not None:
+        fleet.between.down = True
+        fleet.world.after(fleet.world.chance.choice([0.3, 5.0, 20.0]), setattr, fleet.between, "down", False)
+
+
+def _flush_between(fleet: Fleet) -> None:
+    if fleet.between is not None:
+        fleet.between.flush()
+
+
 FAULTS = (
+    _stop_between,
+    _flush_between,
     _crash,
     _crash,
     _pause,

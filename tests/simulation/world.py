@@ -154,13 +154,17 @@ class Machine:
     def bury(self) -> None:
         """After the history: end the tasks that are left, so that none is found half done by the collector."""
         self.runs = False
-        tasks = asyncio.all_tasks(self.loop)  # type: ignore[arg-type]
-        for task in tasks:
-            task.cancel()
-        for _ in range(100):
-            if all(task.done() for task in tasks):
+        cancelled: set[asyncio.Task[Any]] = set()
+        for _ in range(1000):
+            # Those that end may start others to tidy up. A task begins before it is cancelled: its first step may own
+            # a coroutine that would be left without one.
+            left = asyncio.all_tasks(self.loop)  # type: ignore[arg-type]
+            if not left:
                 return
             self.loop.step(self.world.chance)
+            for task in left - cancelled:
+                task.cancel()
+            cancelled |= left
 
     def ask(self, serve: Callable[[], T], *, lost: Callable[[], BaseException], within_s: float) -> asyncio.Future[T]:
         """Send a request to something outside, which serves it as one step; the future has its answer or its error.

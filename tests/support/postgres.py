@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 import asyncpg
 
 from oncewise.storage.postgres import upgrade_postgres
+from oncewise.storage.tables import metadata
 
 __all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "roomy", "shared_server"]
 
@@ -32,10 +33,9 @@ __all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "
 _ACCOUNT = "nobody"
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+# A killed test run loses nothing that anybody needs; a killed server loses nothing that the system holds.
+_CARELESS = {"fsync": "off", "full_page_writes": "off"}
 _SETTINGS = {
-    # A killed test run loses nothing that anybody needs; a killed server loses nothing that the system holds.
-    "fsync": "off",
-    "full_page_writes": "off",
     "max_connections": "200",
     "shared_buffers": "32MB",
     "listen_addresses": "127.0.0.1",
@@ -80,8 +80,9 @@ def _free_port() -> int:
 class PostgresServer:
     """One server: its directory, its port, and the process while it runs."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Mapping[str, str] = _CARELESS) -> None:
         self.port = _free_port()
+        self._settings = {**_SETTINGS, **settings}
         self.data = directory / "data"
         self._log = directory / "log"
         self._bin = _programs(directory)
@@ -103,7 +104,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        options = [part for name, value in _SETTINGS.items() for part in ("-c", f"{name}={value}")]
+        options = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(self._bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *options],
@@ -166,10 +167,11 @@ def roomy() -> str | None:
 
 
 @contextmanager
-def own_server() -> Generator[PostgresServer, None, None]:
-    """A server for a test that stops it."""
-    with tempfile.TemporaryDirectory(prefix="oncewise-pg-", dir=roomy(), ignore_cleanup_errors=True) as directory:
-        server = PostgresServer(Path(directory))
+def own_server(*, durable: bool = False) -> Generator[PostgresServer, None, None]:
+    """A server for a test that stops it; a durable one is on the disk, and syncs."""
+    place = None if durable else roomy()
+    with tempfile.TemporaryDirectory(prefix="oncewise-pg-", dir=place, ignore_cleanup_errors=True) as directory:
+        server = PostgresServer(Path(directory), {} if durable else _CARELESS)
         server.start()
         try:
             yield server
@@ -188,8 +190,7 @@ def shared_server() -> PostgresServer:
 
 # -- databases ---------------------------------------------------------------------------------------------------
 
-_TABLES = ("messages", "turns", "threads", "api_keys", "orgs", "attempts", "requests")
-_CLEAR = ";".join(f"DELETE FROM {table}" for table in _TABLES)
+_CLEAR = ";".join(f"DELETE FROM {table.name}" for table in reversed(metadata.sorted_tables))
 _free: list[str] = []
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from oncewise.cli.config import rows
 from oncewise.providers.catalogue import CATALOGUE
-from oncewise.settings import BadSetting, ProviderSettings, Settings, is_loopback, load_settings
+from oncewise.settings import BadSetting, ProviderSettings, Settings, is_loopback, load_settings, shown_url
 
 SECRET = "pplx-do-not-print-me"
 
@@ -315,3 +315,29 @@ def test_a_key_that_no_header_may_carry_is_named_and_not_shown(key):
         load_settings(environ={"OPENAI_API_KEY": key})
     assert str(caught.value).startswith("OPENAI_API_KEY: ")
     assert "can" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:secret@h:5432/d", "postgresql://u:***@h:5432/d"),
+        ("postgres://u:s@e@c:r/et@h/d", "postgres://u:***@h/d"),
+        (
+            "postgresql://u@h/d?sslmode=require&password=secret&x=1",
+            "postgresql://u@h/d?sslmode=require&password=***&x=1",
+        ),
+        ("postgresql:///d?sslpassword=secret", "postgresql:///d?sslpassword=***"),
+        ("postgresql://h1:1,h2:2/d", "postgresql://h1:1,h2:2/d"),
+        ("redis://:secret@h/0", "redis://:***@h/0"),
+        ("sqlite:////home/a:b@c/x.db", "sqlite:////home/a:b@c/x.db"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
+    """Wherever it stands in it, and however it was written."""
+    assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:p@h:5432/d", "postgres://h/d", "postgresql+asyncpg:///d?host=/tmp"])
+def test_the_urls_of_postgresql_that_are_taken(url: str) -> None:
+    """As libpq, hosting services and SQLAlchemy write them."""
+    assert load_settings({"database_url": url}, environ={}).settings.database_url == url

@@ -222,7 +222,7 @@ class Health(_Answer):
 class Readiness(_Answer):
     """What requests depend on, and how it is."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
 
 

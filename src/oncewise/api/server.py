@@ -19,13 +19,14 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
+from starlette.types import Scope
 from uuid_utils import uuid7
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
-from oncewise.api.presence import CONNECTION
+from oncewise.api.presence import CONNECTION, Headers
 from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
 
@@ -72,6 +73,38 @@ class GuardedProtocol(HttpToolsProtocol):
         # At once, and not when the transport tells: the request may end before that.
         self.cycle.disconnected = True
         self.transport.abort()
+
+    def received(self) -> bool:
+        """Whether the whole body of the request is there."""
+        return not self.cycle.more_body
+
+    def answer(self, scope: Scope, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer to the request of `scope`, past the ASGI interface; False if it must go through that.
+
+        Head and body in one piece: each piece is a system call here and a wake-up there.
+        """
+        cycle = self.cycle
+        if (
+            # A request that came too early has taken the place of the one that is answered.
+            cycle.scope is not scope
+            or not cycle.keep_alive
+            or (b"connection", b"close") in headers
+            or scope["method"] == "HEAD"
+            or cycle.response_started
+            or cycle.disconnected
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            return False
+        lines = [b"%b: %b\r\n" % field for field in (*cycle.default_headers, *headers)]
+        head = b"".join((STATUS_LINE[status], *lines, b"\r\n"))
+        if {head.count(b"\r"), head.count(b"\n")} != {len(lines) + 2}:
+            raise ValueError("a header has a line break in it")
+        self.transport.write(head + body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def ready(self) -> bool:
         """Whether the body of the answer can be written to now without waiting for the client."""

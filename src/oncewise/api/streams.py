@@ -165,7 +165,7 @@ class Streams:
             await self._watch(exchange, turn, _last_event_id(exchange), None)
 
     async def _watch(self, exchange: Exchange, turn: StoredTurn, sent: str | None, after: Position | None) -> None:
-        log = await exchange.services.threads.watch(turn)
+        log = await exchange.services.threads.watch(turn, after)
         source = _row_viewer(exchange, turn, after) if log is None else log.view(after)
         if source.ended:
             source.close()

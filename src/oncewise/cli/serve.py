@@ -31,8 +31,6 @@ def run(loaded: Loaded, echo: Callable[[str], None], warn: Callable[[str], None]
         raise CannotStart(no_key(loaded))
     for warning in loaded.warnings:
         warn(warning)
-    if settings.redis_url:
-        warn("ONCEWISE_REDIS_URL is set, but a server with one worker does not use Redis.")
     sockets = take_port(settings.host, settings.port)
 
     async def announce() -> bool:

@@ -14,7 +14,6 @@ Deliberately absent: what a worker does (`oncewise.cli.worker`), and nearly ever
 import asyncio
 import json
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Sequence
@@ -260,19 +259,23 @@ class Supervisor:
     async def _start(self, slot: int) -> _Worker:
         ours, theirs = socket.socketpair()
         passed = [theirs.fileno(), *(bound.fileno() for group in self._groups for bound in group)]
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(theirs.fileno()),
-                pass_fds=passed,
-                stdin=asyncio.subprocess.DEVNULL,
-                # Ctrl-C signals all processes of a terminal's group; the workers would count it twice.
-                process_group=0,
-            )
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    str(theirs.fileno()),
+                    pass_fds=passed,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # Ctrl-C signals all processes of a terminal's group; it is for this one alone.
+                    process_group=0,
+                )
+        except BaseException:
+            ours.close()
+            raise
         up, down = await asyncio.open_connection(sock=ours)
         worker = self._workers[slot] = _Worker(slot, process, up, down)
         fds = [[bound.fileno() for bound in group] for group in self._groups]
-        worker.tell({"slot": slot, "groups": fds, "supervisor": os.getpid(), **self._brief(slot)})
+        worker.tell({"slot": slot, "groups": fds, **self._brief(slot)})
         if self._stopping.is_set():
             worker.drain()
         return worker

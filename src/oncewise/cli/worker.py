@@ -37,14 +37,21 @@ __all__ = ["main"]
 
 Message = dict[str, Any]
 
-LAST_GRACE_S = 5.0
-
 
 class Leash:
-    """The line to the supervisor, at the worker's end. Read in a thread: it must be heard while the loop is stuck."""
+    """The line to the supervisor, at the worker's end. Read in a thread: it must be heard while the loop is stuck.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        end: Of the pair of sockets.
+        grace_s: Seconds this process has to end by itself when the supervisor is gone.
+
+    Attributes:
+        brief: What the supervisor said first.
+    """
+
+    def __init__(self, end: socket.socket, *, grace_s: float = 5.0) -> None:
         self._end = end
+        self._grace_s = grace_s
         self._lines = end.makefile("rb")
         first = self._lines.readline()
         if not first:
@@ -52,7 +59,9 @@ class Leash:
         self.brief: Message = json.loads(first)
 
     def tell(self, message: Message) -> None:
-        self._end.sendall(json.dumps(message).encode() + b"\n")
+        # Of a supervisor that is gone the thread hears.
+        with suppress(OSError):
+            self._end.sendall(json.dumps(message).encode() + b"\n")
 
     def refuse(self, reason: str) -> NoReturn:
         """Say why this worker cannot serve, and end it."""
@@ -72,7 +81,7 @@ class Leash:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(obey, {"do": "end"})
             shutil.rmtree(self.brief["folder"], ignore_errors=True)
-            time.sleep(LAST_GRACE_S)
+            time.sleep(self._grace_s)
             os._exit(1)
 
         threading.Thread(target=follow, name="oncewise-leash", daemon=True).start()
@@ -93,6 +102,7 @@ class WorkerServer(Server):
         self._leash = leash
         self._groups = groups
         self._inherited: dict[int, list[asyncio.Server]] = {}
+        self._hurried = False
         self._orders: asyncio.Queue[Message] = asyncio.Queue()
         self._obeying: asyncio.Task[None] | None = None
 
@@ -113,7 +123,10 @@ class WorkerServer(Server):
     def hurry(self) -> None:
         """Wait for nothing any more; hand back what runs."""
         self.handle_exit(SIGTERM, None)
-        super().handle_exit(SIGTERM, None)
+        if not self._hurried:
+            self._hurried = True
+            # The second signal of our server; a third one would skip the hand-back as well.
+            super().handle_exit(SIGTERM, None)
 
     async def _drain(self) -> None:
         await super()._drain()
@@ -127,7 +140,9 @@ class WorkerServer(Server):
         while True:
             match await self._orders.get():
                 case {"accept": [*slots]}:
-                    await self._accept_for({slot for slot in slots if slot != self._leash.brief["slot"]})
+                    # No file descriptor left: connections wait for their own worker then, as before.
+                    with suppress(OSError):
+                        await self._accept_for({slot for slot in slots if slot != self._leash.brief["slot"]})
                 case {"do": "drain"}:
                     self.handle_exit(SIGTERM, None)
                 case {"do": "hurry"}:

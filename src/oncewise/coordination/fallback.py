@@ -10,7 +10,7 @@ its database need not ask it.
 
 from collections.abc import Callable, Sequence
 
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import Starts
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import CallSlots, SharedLimiter
 
@@ -27,7 +27,7 @@ class FallbackLimiter:
     """
 
     def __init__(
-        self, limiters: Callable[[], Sequence[SharedLimiter]], own: Gcra, clock_s: Callable[[], float]
+        self, limiters: Callable[[], Sequence[SharedLimiter]], own: Starts, clock_s: Callable[[], float]
     ) -> None:
         self._limiters = limiters
         self._own = own

@@ -15,34 +15,21 @@ Deliberately absent: retries (nobody here knows what may be repeated), and block
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
-from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
 
 from oncewise.coordination.wire import Command, Refused, Wire, WireFailed
 from oncewise.errors import CoordinationUnavailable
+from oncewise.ports import CoordinationChanged, Listener
 
-__all__ = ["CoordinationChanged", "Link", "Script"]
+__all__ = ["Link", "Script"]
 
 BATCH = 256
 MAX_QUEUED = 20_000
 PROBE_S = (0.05, 0.5)
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinationChanged:
-    """The server between the workers went away, or answers again.
-
-    Attributes:
-        reason: Why it is away, in one word of the driver's or the server's; empty if it answers.
-    """
-
-    up: bool
-    reason: str = ""
 
 
 class Script:
@@ -66,7 +53,7 @@ class Link:
         reason: Why not.
     """
 
-    def __init__(self, wire: Wire, *, budget_s: float = 0.25, listener: Callable[[object], None]) -> None:
+    def __init__(self, wire: Wire, *, budget_s: float = 0.25, listener: Listener) -> None:
         self.up = True
         self.reason = ""
         self._wire = wire

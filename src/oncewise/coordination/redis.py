@@ -23,15 +23,15 @@ from types import MappingProxyType
 
 import orjson
 
-from oncewise.coordination.link import CoordinationChanged, Link, Script
+from oncewise.coordination.link import Link, Script
 from oncewise.coordination.reader import EntryId, Fields, Reader
 from oncewise.coordination.wire import BadAddress, Wire
 from oncewise.core.errands import Errands
 from oncewise.core.pacing import Gcra
 from oncewise.errors import CoordinationUnavailable
-from oncewise.ports import LogEntry, LogTail, Signal
+from oncewise.ports import Listener, LogEntry, LogTail, Signal
 
-__all__ = ["BadAddress", "CoordinationChanged", "RedisCoordination", "open_redis"]
+__all__ = ["BadAddress", "RedisCoordination", "open_redis"]
 
 ALIVE_S = 15.0
 BEAT_S = 4.0
@@ -275,9 +275,7 @@ class RedisCoordination:
         version: What the server says it is; empty if it has not said so yet.
     """
 
-    def __init__(
-        self, url: str, *, prefix: str, address: str, listener: Callable[[object], None], budget_s: float
-    ) -> None:
+    def __init__(self, url: str, *, prefix: str, address: str, listener: Listener, budget_s: float) -> None:
         name = f"oncewise-{address[:13]}"
         asking, reading = Wire(url, name=name), Wire(url, name=f"{name}-reader")
         self._prefix = prefix
@@ -366,7 +364,7 @@ async def open_redis(
     *,
     deployment: str,
     address: str,
-    listener: Callable[[object], None] = lambda _event: None,
+    listener: Listener = lambda _event: None,
     budget_s: float = 0.25,
     patience_s: float = 1.0,
 ) -> RedisCoordination:

@@ -23,7 +23,7 @@ from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 from oncewise.errors import (
     Failure,
@@ -103,7 +103,7 @@ class Flight(Generic[T]):
     """One piece of work in progress. Made and changed by its `Coalescer` only.
 
     Attributes:
-        work: What was given to `join` by the leader, shared by all.
+        work: What was given to `join` by the leader, shared by all; gone once nobody can join any more.
         outcome: How it ended; None while it runs.
         waiters: Requests that wait now.
     """
@@ -169,6 +169,13 @@ class Flight(Generic[T]):
         """Choose for this flight what `Coalescer(abandon_after_s=...)` chooses for all."""
         self._abandon_after_s = abandon_after_s
 
+    def _forget_work(self) -> None:
+        """Let go of the work: it often knows its flight, and each would keep the other until a collection.
+
+        At 2,500 flights a second the collections would be a tenth of all work, 50 ms at a time.
+        """
+        self.work = _over
+
     def _reaches(self, other: "Flight[Any]") -> bool:
         seen, ahead = set[Flight[Any]](), [self]
         while ahead:
@@ -179,6 +186,10 @@ class Flight(Generic[T]):
                 seen.add(flight)
                 ahead.extend(flight.awaits)
         return False
+
+
+async def _over(_flight: Flight[Any]) -> NoReturn:
+    raise RuntimeError("the flight is over")
 
 
 def _resolve(*futures: asyncio.Future[None]) -> None:
@@ -586,6 +597,9 @@ class Coalescer:
         self._report(flight, outcome)
         for tell in flight._after:
             tell()
+        flight._after.clear()
+        if self._table.get(flight.key) is not flight:
+            flight._forget_work()
 
     def _keep(self, flight: Flight[Any], failure: Failure) -> None:
         """Put a landed flight back, to answer for as long as its failure is remembered."""
@@ -609,4 +623,6 @@ class Coalescer:
 
     def _expire(self) -> None:
         while self._expiries and self._loop is not None and self._expiries[0][0] <= self._loop.time():
-            self._detach(heapq.heappop(self._expiries)[2])
+            flight = heapq.heappop(self._expiries)[2]
+            self._detach(flight)
+            flight._forget_work()

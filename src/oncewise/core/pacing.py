@@ -24,7 +24,7 @@ from oncewise.core.throttle import Throttle
 from oncewise.errors import Failure, InternalError, OncewiseError, QueueFull, QueueTimeout, ShuttingDown
 from oncewise.ports import CallSlots, StartLimiter
 
-__all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place"]
+__all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place", "Starts"]
 
 GUARD_SHARE = 0.03
 GUARD_MAX_S = 0.03
@@ -64,35 +64,50 @@ class Gcra:
         self._free_at_s = max(self._free_at_s, until_s + self.slack_s)
 
 
-class LocalLimiter:
-    """A `StartLimiter` for one process: `Gcra`, and no more starts in any second than the rate.
+class Starts:
+    """`Gcra`, and no more starts in any second than the rate.
 
     A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
     the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
     the guard between starts leaves room enough.
     """
 
-    def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
+    def __init__(self, rate: float, burst: int) -> None:
         self._gcra = Gcra(rate, burst)
-        self._clock_s = clock_s
         spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
         self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
 
-    async def reserve(self) -> float:
-        """Book the next start; return the seconds until it."""
-        now_s = self._clock_s()
+    def reserve(self, now_s: float) -> float:
+        """Book the next start; return when it is, in the time of `now_s` and never before it."""
         start_s = self._gcra.reserve(now_s)
         if self._latest.maxlen:
             if len(self._latest) == self._latest.maxlen:
                 start_s = max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
             self._latest.append(start_s)
-        return start_s - now_s
+        return start_s
 
-    async def give_back(self) -> None:
-        """Return the reservation made last."""
+    def give_back(self) -> None:
+        """Undo the reservation made last."""
         self._gcra.give_back()
         if self._latest:
             self._latest.pop()
+
+
+class LocalLimiter:
+    """A `StartLimiter` for one process."""
+
+    def __init__(self, rate: float, burst: int, clock_s: Callable[[], float]) -> None:
+        self._starts = Starts(rate, burst)
+        self._clock_s = clock_s
+
+    async def reserve(self) -> float:
+        """Book the next start; return the seconds until it."""
+        now_s = self._clock_s()
+        return self._starts.reserve(now_s) - now_s
+
+    async def give_back(self) -> None:
+        """Return the reservation made last."""
+        self._starts.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +222,18 @@ class Pacer:
 
     async def _queue(self, place: Place) -> None:
         turn = self._line_up(place)
+        timer = turn.get_loop().call_later(self._max_wait_s, self._give_up, place)
         try:
-            async with asyncio.timeout(self._max_wait_s):
-                await turn
-        except BaseException as error:
+            await turn
+        except BaseException:
             self._withdraw(place, turn)
-            if isinstance(error, TimeoutError):
-                left_s = self._not_before_s - asyncio.get_running_loop().time()
-                detail = "No call to the provider could start in time."
-                raise QueueTimeout(detail, retry_after_s=max(1.0, left_s)) from None
             raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, place: Place) -> None:
+        left_s = self._not_before_s - asyncio.get_running_loop().time()
+        self._end(place, QueueTimeout("No call to the provider could start in time.", retry_after_s=max(1.0, left_s)))
 
     def _line_up(self, place: Place) -> asyncio.Future[None]:
         if self._closing:
@@ -395,7 +412,8 @@ class Pacer:
         for _ in range(self._throttle.starts_to_skip(loop.time())):
             delay_s = await self._limiter.reserve()
         due_s = loop.time() + delay_s
-        await asyncio.sleep(delay_s)
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
         # Asked again after each sleep: a pause may have been made longer meanwhile.
         while (pause_s := self._not_before_s - loop.time()) > 0:
             await asyncio.sleep(pause_s)

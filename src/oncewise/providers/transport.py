@@ -122,10 +122,8 @@ class HttpTransport:
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
 
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
-        async with self._exchange("POST", path, body) as reply:
-            yield reply
+    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Reply]:
+        return self._exchange("POST", path, body)
 
     async def status(self, path: str) -> int:
         async with self._exchange("GET", path, b"") as reply:

@@ -154,6 +154,7 @@ class CompletionRun(Attempts[Completion]):
         self._desk = desk
         self._own_id = self.call_id
         self._name: str | None = None
+        self._followed: Completion | None = None
         self._stopped: Failure | None = None
         self._created_s = desk.now_s()
         self._document: bytes | None = None
@@ -190,7 +191,8 @@ class CompletionRun(Attempts[Completion]):
                     self.enter()
                     return await self.run(flight)
                 try:
-                    return await self._follow(self.holder, claim)
+                    self._followed = await self._follow(self.holder, claim)
+                    return self._followed  # noqa: TRY300  the end of the loop is for calls that were lost
                 except CallLost:
                     if self.log.closed or (self.streamed and self.log.deltas):
                         raise LeaderLost from None
@@ -256,13 +258,12 @@ class CompletionRun(Attempts[Completion]):
             return self._bill
         request, answer = self.plan.request, self._answer
         bill = Bill(request.provider, request.model)
-        if answer is not None:
+        if self._followed is not None:
+            done = self._followed
+            bill = Bill(request.provider, request.model, done.usage, done.cost_usd, str(done.head["model"]))
+        elif answer is not None:
             usage, cost_usd = answer.figures(self.log)
             bill = Bill(request.provider, request.model, usage, cost_usd, answer.model)
-        elif isinstance(self.flight.outcome, Landed):
-            # Another worker made the call, and said what it came to.
-            done = self.flight.outcome.value
-            bill = Bill(request.provider, request.model, done.usage, done.cost_usd, done.head.get("model"))
         if self.flight.outcome is not None:
             # Final: thousands of followers ask for it, and an estimate reads the whole prompt.
             self._bill = bill
@@ -455,10 +456,10 @@ class CompletionTicket:
         self, waiter: Waiter[Completion], run: CompletionRun, role: Role, org_id: str, ask: CompletionAsk
     ) -> None:
         self.run = run
+        self._role = role
         self.org_id = org_id
         self.ask = ask
         self.accounted = False
-        self._role = role
         self._waiter = waiter
 
     @property

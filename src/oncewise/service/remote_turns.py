@@ -15,10 +15,11 @@ Deliberately absent: taking turns over. Whoever waits for one does that, and tak
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from contextvars import Context
 from typing import Any, Protocol, Self
 
-from oncewise.core.stream_hub import StreamHub, StreamLog
+from oncewise.core.stream_hub import Position, StreamHub, StreamLog
 from oncewise.errors import Failure, NotFound, Overloaded, ResponseTooLarge, StorageUnavailable
 from oncewise.model import StoredTurn, TurnClaim, TurnState
 from oncewise.ports import TurnLedger
@@ -32,6 +33,7 @@ PROMPT_POLL_S = 1.0
 LAST_WORDS_S = 0.3
 """How long a turn that has ended waits for the rest of its text, before that is taken from the row."""
 LINGER_S = 5.0
+REACH_S = 1.0
 
 
 class RemoteTurn:
@@ -57,6 +59,7 @@ class RemoteTurn:
         self._yielded = False
         self._news: dict[asyncio.Future[StoredTurn], None] = {}
         self._woken = asyncio.Event()
+        self._came = asyncio.Event()
         name = turn_name(desk.fleet, turn.org_id, turn.id)
         self._following: Following = desk.fleet.follow(name, turn.owner, self.look)
         self._task = asyncio.get_running_loop().create_task(self._run(), context=Context())
@@ -79,18 +82,27 @@ class RemoteTurn:
         finally:
             self._news.pop(future, None)
 
-    async def watch(self) -> StreamLog | None:
+    async def watch(self, after: Position | None = None) -> StreamLog | None:
         """The log, for a viewer; None if the turn is over and its row tells everything.
 
-        Raises:
-            Overloaded: all streams together are at their limit.
+        For one that has seen the turn up to `after` in another worker the log is there up to that place, if it comes
+        within a second; else the viewer is shown everything again.
         """
         self._interested_s = asyncio.get_running_loop().time()
         if self.log is None and not (self._task.done() or self._yielded):
             self.log = self._desk.hub.open((self.row.org_id, self.row.id), self.row.epoch)
             self._following.repeat(self.log, _reset, self._text_came)
             self.look()
+        if self.log is not None and after is not None:
+            await self._reach(self.log, after)
         return self.log
+
+    async def _reach(self, log: StreamLog, after: Position) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REACH_S):
+                while Position(log.epoch, log.deltas) < after and not log.closed:
+                    self._came.clear()
+                    await self._came.wait()
 
     def now(self) -> tuple[TurnState, int] | None:
         """As `TurnRun.now`."""
@@ -125,6 +137,7 @@ class RemoteTurn:
     # -- the row and the log -------------------------------------------------------------------------------------
 
     def _text_came(self) -> None:
+        self._came.set()
         if self.first_s is None:
             self.first_s = asyncio.get_running_loop().time()
         if self.log is not None and self.log.closed:
@@ -197,6 +210,7 @@ class RemoteTurn:
             if row.epoch > log.epoch:
                 log.restart(row.epoch, *_reset(row.epoch))
             log.append_joined(row.partial[len(log.text) :], row.partial_seq)
+            self._came.set()
         except (ResponseTooLarge, Overloaded):
             log.sever()
 
@@ -223,6 +237,7 @@ class RemoteTurn:
                 except TimeoutError:
                     break
         show_stored(log, self.row)
+        self._came.set()
 
     def _close(self) -> None:
         self._following.leave()

@@ -15,6 +15,7 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -191,7 +192,7 @@ class TurnRun:
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
         """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
-        if run is None:
+        if run is None or run.flight is None:
             return await self._follow_remote(turn)
         waiter = run.board()
         if waiter is None:
@@ -284,8 +285,8 @@ class TurnRun:
         finally:
             beat.cancel()
             if self.log is not None:
-                # Ended long ago, unless the row could not be read, is gone with its thread, or something else went
-                # wrong: then its viewers end where they are, and are told when they resume.
+                # Ended long ago, unless the turn was handed back, or its row could not be read or is gone with its
+                # thread: then its viewers end where they are, and are told when they resume.
                 self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
@@ -558,15 +559,10 @@ class TurnRun:
     async def _hand_back(self, claim: TurnClaim) -> None:
         """Let another process take the turn at once, and viewers resume there."""
         text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
-        try:
+        with suppress(StorageUnavailable, StorageFull):
             # What was shown since the last beat would be lost.
             await self._desk.ledger.beat(claim, lease_s=self._desk.rules.lease_s, partial=text, partial_seq=seq)
             await self._desk.ledger.release(claim)
-        except (StorageUnavailable, StorageFull):
-            pass
-        finally:
-            if self.log is not None:
-                self.log.sever()
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
         """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
@@ -792,6 +788,11 @@ class Turns:
             parts = ["fingerprint", ask.fingerprint]
         return request_key(ask.org_id, "turn", ask.thread_id, *parts)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for a turn here, or is known to have waited."""
+        return not (self._tickets or self._runs or self._ended)
+
     def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
@@ -986,6 +987,5 @@ class Turns:
         except TimeoutError:
             return
         finally:
+            # The dict itself goes when a turn of the thread leaves: the one that waits here does so in any case.
             gates.pop(gate, None)
-            if not gates and self._gates.get((claim.org_id, claim.thread_id)) is gates:
-                del self._gates[claim.org_id, claim.thread_id]

@@ -16,9 +16,12 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["Database", "DatabaseClock", "DatabaseTime", "begun_at", "database_time_s", "insert_missing"]
+__all__ = ["UNKNOWN", "Database", "DatabaseClock", "DatabaseTime", "begun_at", "database_time_s", "insert_missing"]
 
 Result = TypeVar("Result")
+
+UNKNOWN = 2**31
+"""How many neighbours there are where nobody can tell."""
 
 DatabaseClock = Callable[[sa.Connection], float]
 """Reads the time inside a transaction, in seconds since the Unix epoch."""
@@ -63,6 +66,14 @@ class Database(Protocol):
 
     async def alone(self) -> bool:
         """Whether no other process uses this database now. False where that cannot be known.
+
+        Raises:
+            StorageUnavailable: the database does not answer.
+        """
+        ...
+
+    async def neighbours(self) -> int:
+        """How many other processes use this database now; more than any where that cannot be known.
 
         Raises:
             StorageUnavailable: the database does not answer.

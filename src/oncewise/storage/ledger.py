@@ -298,7 +298,7 @@ def _same_turn_again(conn: sa.Connection, now_s: float, ask: TurnAsk, replay_win
     return conn.execute(_LATEST_TWIN, same | since).first()
 
 
-def _position(conn: sa.Connection, _now_s: float, claim: TurnClaim) -> int:
+def _position(conn: sa.Connection, claim: TurnClaim) -> int:
     here = _in(claim.org_id, claim.thread_id) | {"of_turn": claim.turn_id, "before_idx": claim.idx}
     row = conn.execute(_POSITION, here).first()
     if row is None:
@@ -330,7 +330,7 @@ def _active(conn: sa.Connection, now_s: float, org_id: str, thread_id: str) -> S
     return _stored(conn, row, now_s) if row is not None else None
 
 
-def _history(conn: sa.Connection, _now_s: float, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
+def _history(conn: sa.Connection, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
     return tuple(ChatMessage(row.role, row.content) for row in conn.execute(_HISTORY, _in(org_id, thread_id)))
 
 
@@ -565,11 +565,11 @@ class SqlTurnLedger:
 
     async def position(self, claim: TurnClaim) -> int:
         """See `TurnLedger.position`."""
-        return await self._read(_position, claim)
+        return await self._database.read(lambda conn: _position(conn, claim))
 
     async def history(self, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
         """See `TurnLedger.history`."""
-        return await self._read(_history, org_id, thread_id)
+        return await self._database.read(lambda conn: _history(conn, org_id, thread_id))
 
     async def record_call(self, call: CallRecord) -> None:
         """See `TurnLedger.record_call`."""

@@ -10,6 +10,7 @@ Deliberately absent: fairness between workers that wait for a slot. They look ag
 import asyncio
 from collections.abc import Callable
 from contextvars import Context
+from functools import partial
 from itertools import count
 from typing import TypeVar
 
@@ -125,14 +126,26 @@ class SqlCallSlots:
         """See `CallSlots.take`."""
         name = f"{self._owner}/{next(self._numbers)}"
         self._keep()
+        taking = self._start_taking(name)
         try:
-            while not await _written(self._database, lambda conn: self._take(conn, name)):  # noqa: ASYNC110  others give
+            while not await asyncio.shield(taking):
                 await asyncio.sleep(POLL_S)
+                taking = self._start_taking(name)
         except BaseException:
-            # It may have been taken all the same.
-            self._return(name)
+            # It may have been taken all the same, or yet be: a transaction goes on without who asked for it, and one
+            # that gives the slot back could overtake it.
+            taking.add_done_callback(partial(self._gave_up, name))
             raise
         self._held.append(name)
+
+    def _gave_up(self, name: str, taking: asyncio.Future[bool]) -> None:
+        if not taking.cancelled():
+            # Looked at, so that asyncio does not complain.
+            taking.exception()
+        self._return(name)
+
+    def _start_taking(self, name: str) -> asyncio.Future[bool]:
+        return asyncio.ensure_future(_written(self._database, lambda conn: self._take(conn, name)))
 
     def _take(self, conn: sa.Connection, name: str) -> bool:
         # The row of the pace is what workers take turns at: two that count at once would both find room.

@@ -78,9 +78,7 @@ def lock_thread(conn: sa.Connection, org_id: str, thread_id: str, *, if_free: bo
     """Make this the only transaction that adds to the thread; False if the tenant has no such thread.
 
     Every transaction that locks a thread and a turn locks the thread first, or two of them could wait for each other.
-
-    Args:
-        if_free: Do not wait for another transaction that does; False then, too.
+    With `if_free` it waits for none, and returns False while another one has the thread.
     """
     lock = _LOCK_FREE if if_free else _LOCK
     return conn.execute(lock, {"in_org": org_id, "in_thread": thread_id}).first() is not None

@@ -46,7 +46,10 @@ class Places:
         try:
             await place
         except asyncio.CancelledError:
-            if not place.cancelled():
+            if place in self._waiting:
+                self._waiting.remove(place)
+            elif not place.cancelled() and place.exception() is None:
+                # It was given in this very moment.
                 self._pass_on()
             raise
         return self
@@ -58,6 +61,7 @@ class Places:
     def _pass_on(self) -> None:
         while self._waiting:
             place = self._waiting.popleft()
+            # Its task may be cancelled, and not know it yet.
             if not place.done():
                 place.set_result(None)
                 return

@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from oncewise.errors import StorageFull, StorageUnavailable
 from oncewise.storage import schema
-from oncewise.storage.database import DatabaseTime, begun_at
+from oncewise.storage.database import UNKNOWN, DatabaseTime, begun_at
 from oncewise.storage.ledger import open_owners
 from oncewise.storage.places import Places
 from oncewise.storage.sign_of_life import SignOfLife
@@ -127,9 +127,10 @@ def _trouble(error: BaseException) -> _Trouble | None:
     if isinstance(driver_error, asyncpg.PostgresError):
         state = driver_error.sqlstate or ""
         return next((_MEANING[state[:size]] for size in (5, 3, 2) if state[:size] in _MEANING), None)
-    # asyncpg's complaints about values are ValueErrors besides; the others are about the connection.
-    about_connection = isinstance(driver_error, (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError))
-    return _Trouble.BROKEN if about_connection and not isinstance(driver_error, ValueError) else None
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return _Trouble.BROKEN
+    # asyncpg complains of its caller and of the connection with one class, and has closed it in the latter case.
+    return _Trouble.BROKEN if isinstance(driver_error, (asyncpg.InternalClientError, OSError)) else None
 
 
 def _forget_values(error: BaseException) -> None:
@@ -141,15 +142,22 @@ def _forget_values(error: BaseException) -> None:
 
 # -- one transaction ---------------------------------------------------------------------------------------------
 
-_NUMBER = sa.cast(sa.func.pg_current_xact_id(), sa.Text).label("number")
-_STATUS = sa.text("SELECT pg_xact_status(CAST(CAST(:number AS TEXT) AS XID8))")
+# What the transaction is called, and by which server: after a failover, a number may be another transaction's.
+_NAME = (
+    sa.cast(sa.func.pg_current_xact_id(), sa.Text).label("number"),
+    sa.cast(sa.func.pg_postmaster_start_time(), sa.Text).label("server"),
+)
+_STATUS = sa.text(
+    "SELECT pg_xact_status(CAST(CAST(:number AS TEXT) AS XID8)) "
+    "WHERE CAST(pg_postmaster_start_time() AS TEXT) = CAST(:server AS TEXT)"
+)
 
 
 class _Read(Generic[Result]):
     """One run of a function that only reads.
 
     Attributes:
-        number: PostgreSQL's name for the transaction, if it may have to be asked for.
+        name: PostgreSQL's name for the transaction, if it may have to be asked for.
         committing: Whether COMMIT was sent.
         result: What the function returned.
     """
@@ -157,7 +165,7 @@ class _Read(Generic[Result]):
     result: Result
 
     def __init__(self, work: Callable[[sa.Connection], Result], begin: sa.Select[Any] | None) -> None:
-        self.number: str | None = None
+        self.name: dict[str, str] = {}
         self.committing = False
         self._work = work
         self._begin = begin
@@ -174,7 +182,7 @@ class _Write(_Read[Result]):
     def __call__(self, conn: sa.Connection) -> None:
         assert self._begin is not None  # noqa: S101  a write asks for its number
         begun = conn.execute(self._begin).one()
-        self.number = begun.number
+        self.name = {"number": begun.number, "server": begun.server}
         with begun_at(conn, begun.time_s):
             self.result = self._work(conn)
         self.committing = True
@@ -205,7 +213,7 @@ class PostgresDatabase:
         # Behind a transaction pooler a session is anybody's, so that each transaction brings its limits along.
         own = [sa.func.set_config(*limit, True) for limit in limits.session().items()] if transaction_pooling else []
         self._limit = sa.select(*own) if own else None
-        self._begin = sa.select(DatabaseTime().label("time_s"), _NUMBER, *own)
+        self._begin = sa.select(DatabaseTime().label("time_s"), *_NAME, *own)
 
     # -- connections ---------------------------------------------------------------------------------------------
 
@@ -301,18 +309,20 @@ class PostgresDatabase:
 
     async def _run(self, engine: AsyncEngine, begin: Callable[[], _Read[Result]]) -> Result:
         async with self._places:
-            for _ in range(_TRIES):
+            for tries_left in reversed(range(_TRIES)):
                 transaction = begin()
                 try:
                     async with self._connection(engine) as conn:
                         await conn.run_sync(transaction)
-                except Exception as error:  # noqa: BLE001 - judged, and raised again unless the database is to blame
+                except Exception as error:
                     _forget_values(error)
                     if not await self._is_in(transaction, error):
+                        if not tries_left:
+                            raise StorageUnavailable from error
                         await asyncio.sleep(_PAUSE_S)
                         continue
                 return transaction.result
-            raise StorageUnavailable
+        raise AssertionError  # the last try returns or raises
 
     async def _is_in(self, transaction: _Read[Any], error: Exception) -> bool:
         """Whether a transaction that met with `error` is in all the same; False if it should be run again.
@@ -324,12 +334,12 @@ class PostgresDatabase:
         if trouble is None:
             raise error
         if transaction.committing and trouble in (_Trouble.BROKEN, _Trouble.SILENT):
-            return await self._committed(transaction.number)
+            return await self._committed(transaction.name)
         if trouble in (_Trouble.BROKEN, _Trouble.CONFLICT):
             return False
         raise (StorageFull if trouble is _Trouble.FULL else StorageUnavailable) from error
 
-    async def _committed(self, number: str | None) -> bool:
+    async def _committed(self, name: dict[str, str]) -> bool:
         """What became of a transaction whose COMMIT was not answered.
 
         Raises:
@@ -342,13 +352,13 @@ class PostgresDatabase:
             # In progress: PostgreSQL has not yet seen that the connection is gone, or is about to commit.
             await asyncio.sleep(_PAUSE_S)
             with suppress(Exception):
-                status = await self._status(number)
+                status = await self._status(name)
         if status not in ("committed", "aborted"):
             raise StorageUnavailable
         return status == "committed"
 
-    async def _status(self, number: str | None) -> str | None:
-        look = _Read(lambda conn: conn.execute(_STATUS, {"number": number}).scalar(), self._limit)
+    async def _status(self, name: dict[str, str]) -> str | None:
+        look = _Read(lambda conn: conn.execute(_STATUS, name).scalar(), self._limit)
         async with self._connection(self._reading) as conn:
             await conn.run_sync(look)
         return look.result
@@ -378,6 +388,10 @@ class PostgresDatabase:
         """See `Database.alone`."""
         return self._sign is not None and await self.read(self._sign.alone)
 
+    async def neighbours(self) -> int:
+        """See `Database.neighbours`."""
+        return UNKNOWN if self._sign is None else await self.read(self._sign.others)
+
     async def hazards(self) -> tuple[str, ...]:
         """See `Database.hazards`."""
         off = await self.read(lambda conn: conn.execute(_UNSAFE).scalars().all())
@@ -387,7 +401,8 @@ class PostgresDatabase:
 
     async def start(self, *, visit: bool) -> None:
         """See that the database can be used, and give the sign of life unless this is a short visit."""
-        await self.read(_require_usable)
+        # All connections at once: in the first burst of requests a busy loop could miss the time they are given.
+        await asyncio.gather(*(self.read(_require_usable) for _ in range(self._limits.connections)))
         if not self._pooled and not visit:
             sign = SignOfLife(lambda: _connect(self._url, self._limits, idle_session_timeout="0"), self._owner)
             await sign.give()
@@ -427,6 +442,10 @@ def _require_usable(conn: sa.Connection) -> None:
     schema.require_current(conn)
 
 
+# Many networks forget a connection that is idle for some minutes, and tell nobody.
+_ALIVE = {"tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+
+
 class _Connection(asyncpg.Connection):  # type: ignore[misc]  # asyncpg is untyped
     """A connection that does not wait for an answer to its goodbye where none can be expected."""
 
@@ -447,7 +466,7 @@ async def _connect(url: str, limits: PostgresLimits, *, pooled: bool = False, **
         connection_class=_Connection,
         # A prepared statement belongs to a session, and a transaction pooler hands that to somebody else.
         statement_cache_size=0 if pooled else 100,
-        server_settings={"application_name": "oncewise", **({} if pooled else limits.session()), **settings},
+        server_settings={"application_name": "oncewise", **({} if pooled else limits.session() | _ALIVE), **settings},
     )
 
 
@@ -490,6 +509,8 @@ async def open_postgres(
 
 _REASONS = {
     "28": "PostgreSQL refused the user or the password of the database URL.",
+    "42": "PostgreSQL does not let the role of the database URL do that.",
+    "55": "A table was in use for too long; nothing was changed. Try again.",
     "3D": "PostgreSQL has no database of the name in the database URL.",
     "53": "PostgreSQL takes no more connections: see its max_connections.",
     "57": "PostgreSQL is starting or stopping.",
@@ -532,15 +553,27 @@ async def current_postgres(url: str, *, transaction_pooling: bool = False) -> st
         return await database.read(schema.current)
 
 
-async def upgrade_postgres(url: str, *, transaction_pooling: bool = False) -> bool:
+async def upgrade_postgres(url: str, *, transaction_pooling: bool = False, table_s: float = 5.0) -> bool:
     """Bring the database to this version's schema; False if it was there. Of several at once, one does it.
+
+    Args:
+        url: As for `open_postgres`.
+        transaction_pooling: As for `open_postgres`.
+        table_s: How long to wait for a table that is in use. Behind a change that waits for a table, all who want to
+            read that table wait too.
 
     Raises:
         StorageUnavailable: as `open_postgres`; or a table was in use for too long, and nothing was changed.
         SchemaMismatch: the database is newer than this version; nothing was changed.
     """
+
+    def work(conn: sa.Connection) -> bool:
+        conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
+        conn.execute(sa.select(sa.func.set_config("lock_timeout", f"{table_s * 1000:.0f}ms", True)))
+        return schema.upgrade(conn)
+
     async with _visited(url, transaction_pooling=transaction_pooling) as database:
-        return await database.write(_upgrade)
+        return await database.write(work)
 
 
 @asynccontextmanager
@@ -551,10 +584,3 @@ async def _visited(url: str, *, transaction_pooling: bool) -> AsyncGenerator[Pos
             yield database
     finally:
         await database.aclose()
-
-
-def _upgrade(conn: sa.Connection) -> bool:
-    conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
-    # Behind a change that waits for a table, all who want to read that table wait too.
-    conn.execute(sa.select(sa.func.set_config("lock_timeout", "5s", True)))
-    return schema.upgrade(conn)

@@ -49,6 +49,14 @@ def _number(owner: str) -> int:
     return int.from_bytes(blake2b(owner.encode(), digest_size=4).digest(), signed=True)
 
 
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
 class SignOfLife:
     """This process's sign of life, from `give` to `withdraw`, on a connection of its own.
 
@@ -91,6 +99,10 @@ class SignOfLife:
         """Whether no other process of ours holds a lock."""
         return self._held(conn) <= {self._number}
 
+    def others(self, conn: sa.Connection) -> int:
+        """How many other processes of ours hold a lock."""
+        return len(self._held(conn) - {self._number})
+
     @staticmethod
     def _held(conn: sa.Connection) -> frozenset[int]:
         # PostgreSQL shows the number without its sign.
@@ -118,29 +130,30 @@ class SignOfLife:
         return connection
 
     async def _keep(self, connection: Any) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 await self._until_lost(connection)
-            finally:
                 self._held_since_s = None
                 self._was_lost = True
                 connection.terminate()
-            connection = await self._again()
+                connection = await self._again()
+        finally:
+            self._held_since_s = None
+            with suppress(Exception):
+                async with asyncio.timeout(_CHECK_S):
+                    await connection.close()
+            connection.terminate()
 
     @staticmethod
     async def _until_lost(connection: Any) -> None:
         lost = asyncio.Event()
-        connection.add_termination_listener(lambda _connection: lost.set())
-        while not connection.is_closed():
-            try:
-                async with asyncio.timeout(_CHECK_S):
-                    await lost.wait()
-            except TimeoutError:
-                # A server that was unplugged says no goodbye.
-                try:
+        # Whatever goes wrong here, the connection is useless, and another is needed.
+        with suppress(Exception):
+            connection.add_termination_listener(lambda _connection: lost.set())
+            while not connection.is_closed():
+                if not await _within(_CHECK_S, lost):
+                    # A server that was unplugged says no goodbye.
                     await connection.fetchval("SELECT 1", timeout=_CHECK_S)
-                except Exception:  # noqa: BLE001 - whatever it was, the connection is useless
-                    return
 
     async def _again(self) -> Any:
         while True:

@@ -341,7 +341,7 @@ class SqliteDatabase:
         return await asyncio.to_thread(self._lock.living) <= {self.owner}
 
     async def neighbours(self) -> int:
-        """How many other processes have the database open."""
+        """See `Database.neighbours`."""
         return len(await asyncio.to_thread(self._lock.living) - {self.owner})
 
     async def hazards(self) -> tuple[str, ...]:

@@ -8,17 +8,20 @@ import logging
 from oncewise.core.breaker import BreakerChanged, BreakerState
 from oncewise.core.coalesce import FlightLanded
 from oncewise.core.keys import RequestKey
+from oncewise.ports import CoordinationChanged
 
 __all__ = ["log_event"]
 
 logger = logging.getLogger("oncewise.flights")
 providers = logging.getLogger("oncewise.providers")
+coordination = logging.getLogger("oncewise.coordination")
 
 
 def log_event(event: object) -> None:
-    """Write a line for a landed flight, at debug level if it ended well, else at info level; and for a breaker.
+    """Write a line for a landed flight, at debug level if it ended well, else at info level; for a breaker; for Redis.
 
-    That one opened is a warning: requests are refused from then on.
+    That a breaker opened is a warning: requests are refused from then on. So is that Redis is away: none is, but
+    workers see each other's text late.
     """
     if isinstance(event, FlightLanded):
         level = logging.DEBUG if event.code is None else logging.INFO
@@ -28,6 +31,10 @@ def log_event(event: object) -> None:
         opened = event.state is BreakerState.OPEN
         level = logging.WARNING if opened else logging.INFO
         providers.log(level, "breaker opened" if opened else "breaker closed", extra=_breaker_fields(event))
+    elif isinstance(event, CoordinationChanged) and event.up:
+        coordination.warning("Redis answers again")
+    elif isinstance(event, CoordinationChanged):
+        coordination.warning("Redis does not answer (%s); requests are served without it", event.reason)
 
 
 def _fields(event: FlightLanded) -> dict[str, object]:

@@ -8,6 +8,7 @@ Deliberately absent: how the figures of several workers add up (`oncewise.teleme
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,6 +19,7 @@ from oncewise.core.coalesce import CoalescerStats, FlightLanded
 from oncewise.core.pacing import PacerStats
 from oncewise.core.stream_hub import HubStats
 from oncewise.model import RequestRecord
+from oncewise.ports import CoordinationChanged
 from oncewise.telemetry.shared_figures import SharedFigures
 
 __all__ = ["Prometheus"]
@@ -89,35 +91,43 @@ class Prometheus:
         self._registry = CollectorRegistry()
         self._registry.register(_Held(flights, hub, lanes))
         registry = self._registry
-        self._requests = Counter("oncewise_requests", "Finished requests.", ["surface", "outcome"], registry=registry)
-        self._coalesce = Counter("oncewise_coalesce", "Finished requests by role.", ["role"], registry=registry)
+        # Each set of labels is looked up once: there are few of them, and `labels` takes a lock to find one.
+        requests = Counter("oncewise_requests", "Finished requests.", ["surface", "outcome"], registry=registry)
+        self._requests = cache(requests.labels)
+        coalesce = Counter("oncewise_coalesce", "Finished requests by role.", ["role"], registry=registry)
+        self._coalesce = cache(coalesce.labels)
         self._calls = Counter("oncewise_upstream_calls", "Provider calls, retries included.", registry=registry)
         self._saved = Counter("oncewise_calls_saved", "Requests answered without a call.", registry=registry)
-        self._tokens = Counter("oncewise_tokens", "Tokens that were paid for.", ["kind"], registry=registry)
+        tokens = Counter("oncewise_tokens", "Tokens that were paid for.", ["kind"], registry=registry)
+        self._tokens = cache(tokens.labels)
         self._tokens_saved = Counter("oncewise_tokens_saved", "Tokens of answers that cost nothing.", registry=registry)
-        self._cost = Counter(
+        cost = Counter(
             "oncewise_cost_usd", "US dollars paid to providers, by what is known of them.", ["basis"], registry=registry
         )
+        self._cost = cache(cost.labels)
         self._cost_saved = Counter(
             "oncewise_cost_saved_usd", "US dollars that answers without a call would have cost.", registry=registry
         )
         self._opened = Counter(
             "oncewise_breaker_opened", "Times that a breaker opened.", ["provider"], registry=registry
         )
-        self._latency = Histogram(
+        self._away = Counter("oncewise_coordination_lost", "Times that Redis stopped answering.", registry=registry)
+        latency = Histogram(
             "oncewise_request_duration_seconds",
             "From a request's arrival to its answer.",
             ["surface", "role"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self._ttft = Histogram(
+        self._latency = cache(latency.labels)
+        ttft = Histogram(
             "oncewise_ttft_seconds",
             "From a request's arrival to the first token it could be shown.",
             ["role"],
             buckets=_SECONDS,
             registry=registry,
         )
+        self._ttft = cache(ttft.labels)
         self._wait = Histogram(
             "oncewise_queue_wait_seconds",
             "What leading requests waited for their call to start.",
@@ -136,27 +146,29 @@ class Prometheus:
             self._width.observe(event.joined + 1)
         elif isinstance(event, BreakerChanged) and event.state is BreakerState.OPEN:
             self._opened.labels(event.provider).inc()
+        elif isinstance(event, CoordinationChanged) and not event.up:
+            self._away.inc()
 
     def _count(self, record: RequestRecord) -> None:
-        self._requests.labels(record.surface, record.error_code or "ok").inc()
-        self._coalesce.labels(record.role.value).inc()
+        self._requests(record.surface, record.error_code or "ok").inc()
+        self._coalesce(record.role.value).inc()
         self._calls.inc(record.upstream_calls)
         if record.error_code is None and record.upstream_calls == 0:
             self._saved.inc()
         self._count_money(record)
-        self._latency.labels(record.surface, record.role.value).observe(record.latency_ms / 1000)
+        self._latency(record.surface, record.role.value).observe(record.latency_ms / 1000)
         if record.ttft_ms is not None:
-            self._ttft.labels(record.role.value).observe(record.ttft_ms / 1000)
+            self._ttft(record.role.value).observe(record.ttft_ms / 1000)
         if record.upstream_calls and record.queue_wait_ms is not None:
             self._wait.observe(record.queue_wait_ms / 1000)
 
     def _count_money(self, record: RequestRecord) -> None:
-        self._tokens.labels("prompt").inc(record.prompt_tokens)
-        self._tokens.labels("completion").inc(record.completion_tokens)
+        self._tokens("prompt").inc(record.prompt_tokens)
+        self._tokens("completion").inc(record.completion_tokens)
         self._tokens_saved.inc(record.tokens_saved)
         self._cost_saved.inc(record.cost_saved_usd)
         if record.cost_basis is not None:
-            self._cost.labels(record.cost_basis.value).inc(record.cost_usd)
+            self._cost(record.cost_basis.value).inc(record.cost_usd)
 
     def publish(self) -> None:
         """Let the other workers know this one's figures."""

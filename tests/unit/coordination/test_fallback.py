@@ -6,7 +6,7 @@ import pytest
 
 from oncewise.coordination.fallback import FallbackLimiter, FallbackSlots
 from oncewise.coordination.memory import World
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import Gcra, Starts
 from tests.support.virtual_time import virtual_loop, virtual_time
 
 SPACING_S = Gcra(1.0).spacing_s
@@ -21,7 +21,7 @@ class Ways:
 
     def limiter(self, number: int) -> FallbackLimiter:
         limiters = [world.worker(str(number)).limiter("p", rate=1.0, burst=1) for world in self.worlds]
-        return FallbackLimiter(lambda: limiters[: self.known], Gcra(1.0), virtual_loop().time)
+        return FallbackLimiter(lambda: limiters[: self.known], Starts(1.0, 1), virtual_loop().time)
 
     def slots(self, number: int) -> FallbackSlots:
         slots = [world.worker(str(number)).slots("p", limit=1) for world in self.worlds]

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from oncewise.coordination.link import CoordinationChanged, Link, Script
+from oncewise.coordination.link import Link, Script
 from oncewise.coordination.wire import Refused, WireFailed
 from oncewise.errors import CoordinationUnavailable
+from oncewise.ports import CoordinationChanged
 from tests.support.virtual_time import turns, virtual_time
 
 

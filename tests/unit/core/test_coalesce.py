@@ -1223,3 +1223,40 @@ async def test_an_unhashable_key_is_refused_before_anything_starts() -> None:
     with pytest.raises(TypeError):
         flights.join([], Held())
     assert flights.stats() == IDLE
+
+
+class KnowsItsFlight:
+    """Work as the services have it: an object that keeps the flight it belongs to."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+
+    async def __call__(self, flight: Flight[str]) -> str:
+        self.flight = flight
+        flight.after(self.over)
+        if self.fails:
+            raise ProviderError
+        return "value"
+
+    def over(self) -> None:
+        """Told when the flight has landed."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_that_knows_its_flight_needs_no_collection(fails: bool) -> None:
+    """Neither after a good end nor after one that was remembered for a while."""
+    gc.collect()
+    gc.disable()
+    try:
+        flights = Coalescer(remember=lambda _failure: 0.01)
+        work = KnowsItsFlight(fails=fails)
+        gone = weakref.ref(work)
+        with flights.join("key", work) as waiter:
+            await waiter.outcome()
+        del work, waiter
+        await asyncio.sleep(0.03)
+        flights.stats()  # lets go of what is remembered no longer
+        assert gone() is None
+        await flights.aclose()
+    finally:
+        gc.enable()

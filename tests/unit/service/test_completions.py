@@ -1,7 +1,9 @@
 """Which requests on `/v1` share, and what their chunks add up to."""
 
 import asyncio
+import gc
 import json
+import weakref
 from collections.abc import AsyncGenerator
 from types import MappingProxyType
 from typing import Any
@@ -396,3 +398,22 @@ def test_chunks_add_up_to_a_completion() -> None:
             }
         ],
     }
+
+
+@pytest.mark.parametrize("body", [BODY, SAMPLED])
+async def test_a_call_that_is_over_needs_no_collection(body: dict[str, Any]) -> None:
+    """At thousands a second, collecting what refers to itself would stop the loop for 50 ms at a time."""
+    gc.collect()
+    gc.disable()
+    try:
+        desk = desk_of(Says({"choices": [choice({"content": "x"}, "stop")]}))
+        with desk.send("acme", ask(body)) as ticket:
+            completion = await ticket.result()
+            ticket.run.document(completion)
+        gone = weakref.ref(ticket.run)
+        del ticket, completion
+        await asyncio.sleep(0.01)
+        assert gone() is None
+        await desk.aclose()
+    finally:
+        gc.enable()

@@ -1,6 +1,7 @@
 """The PostgreSQL engine: what it refuses to open, and what it does when the database or the network is in the way."""
 
 import asyncio
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
 from sqlalchemy.util import await_only
 
 from oncewise.errors import SchemaMismatch, StorageFull, StorageUnavailable
@@ -22,10 +25,10 @@ from oncewise.storage.postgres import (
     upgrade_postgres,
 )
 from oncewise.storage.schema import HEAD
-from oncewise.storage.tables import orgs
+from oncewise.storage.tables import metadata, orgs
 from tests.support.postgres import empty_database, fresh_database, own_server, shared_server
 from tests.support.postgres_proxy import Cut, FailingNetwork, failing_network, transaction_pooler
-from tests.support.storage import answer, storage_on
+from tests.support.storage import answer, statements, storage_on
 
 QUICK = PostgresLimits(
     connections=3, connect_s=0.4, queue_s=0.4, lock_s=0.3, statement_s=0.6, idle_s=0.6, command_s=0.8
@@ -153,6 +156,66 @@ async def test_of_two_upgrades_at_once_one_does_it():
 
         assert sorted(told) == ["False\n", "True\n"]
         assert await current_postgres(url) == HEAD
+
+
+COLUMNS = """\
+SELECT attrelid::regclass::text, attname, atttypid::regtype::text, attnotnull
+FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+WHERE relnamespace = 'public'::regnamespace AND attnum > 0"""
+DEFINITIONS = (
+    COLUMNS,
+    "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE connamespace = 'public'::regnamespace",
+    "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
+)
+
+
+def definitions(conn: sa.Connection) -> set[tuple[object, ...]]:
+    """What PostgreSQL stores of columns, constraints and indexes."""
+    rows = {tuple(row) for query in DEFINITIONS for row in conn.exec_driver_sql(query)}
+    return {row for row in rows if "alembic" not in str(row[0])}
+
+
+async def test_the_migrations_make_exactly_the_tables_of_the_code(url: str):
+    """As PostgreSQL spells them; and Alembic sees no difference."""
+
+    def differences(conn: sa.Connection) -> object:
+        return compare_metadata(MigrationContext.configure(conn, opts={"compare_type": True}), metadata)
+
+    async with empty_database() as other:
+        made = PostgresDatabase(other, owner="", limits=PostgresLimits(), transaction_pooling=False)
+        await made.write(metadata.create_all)
+        async with opened(url) as migrated:
+            assert await migrated.read(definitions) == await made.read(definitions)
+            assert await migrated.read(differences) == []
+        await made.aclose()
+
+
+async def test_an_upgrade_does_not_make_everybody_wait_for_a_table(url: str):
+    """Who reads it would queue behind the change that waits; so the change gives up, and says so."""
+    async with opened(url) as database:
+        gate = Gate()
+        lock = sa.text("LOCK TABLE alembic_version")
+        holding = asyncio.ensure_future(database.write(lambda conn: (conn.execute(lock), gate(conn))))
+        await gate.entered.wait()
+        with pytest.raises(StorageUnavailable, match="in use for too long; nothing was changed"):
+            await upgrade_postgres(url, table_s=0.2)
+        gate.opened.set()
+        await holding
+
+
+async def test_a_role_with_rights_on_rows_serves_and_cannot_upgrade(url: str):
+    """What the server needs is not what the operator may do."""
+    server, role = shared_server(), shared_server().name()
+    rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+    await server.execute(f"CREATE ROLE {role} LOGIN; GRANT {rights} TO {role}", name_of(url))
+    await server.execute(f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {role}", name_of(url))
+    async with opened(url.replace("postgres@", f"{role}@")) as database:
+        storage = storage_on(database)
+        await storage.answered(await storage.thread())
+    async with empty_database() as other:
+        with pytest.raises(StorageUnavailable, match="does not let the role"):
+            await upgrade_postgres(other.replace("postgres@", f"{role}@"))
+    await server.execute(f"DROP OWNED BY {role}; DROP ROLE {role}", name_of(url))
 
 
 @pytest.mark.parametrize(
@@ -501,6 +564,27 @@ async def test_nothing_rests_on_the_session_behind_a_transaction_pooler(url: str
             await storage.lead(thread)
             assert await database.dead_owners() == ()
             assert not await database.alone()
+
+
+# -- cost --------------------------------------------------------------------------------------------------------
+
+
+async def test_no_statement_reads_through_a_table(url: str):
+    """Rows are found by index, and in its order, wherever PostgreSQL is given no better reason than a small table."""
+
+    def plans(conn: sa.Connection) -> dict[str, list[str]]:
+        for habit in ("seqscan", "bitmapscan", "sort"):
+            conn.exec_driver_sql(f"SET LOCAL enable_{habit} = off")
+        return {name: plan(conn, statement) for name, statement in statements().items()}
+
+    def plan(conn: sa.Connection, statement: sa.Executable) -> list[str]:
+        sql = str(statement.compile(dialect=conn.dialect)).replace("(__[POSTCOMPILE_dead_owners])", "('a', 'b')")
+        return [row[0] for row in conn.exec_driver_sql("EXPLAIN " + re.sub(r"\$\d+", "'1'", sql))]
+
+    async with opened(url) as database:
+        steps = await database.write(plans)
+    slow = {name: lines for name, lines in steps.items() if any("Seq Scan" in line or "Sort" in line for line in lines)}
+    assert slow == {}
 
 
 # -- callers -----------------------------------------------------------------------------------------------------

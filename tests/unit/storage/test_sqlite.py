@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql
 
 from oncewise.errors import SchemaMismatch, StorageFull, StorageUnavailable
 from oncewise.model import TurnState
-from oncewise.storage import ledger, pairs, requests, threads
+from oncewise.storage import ledger, pairs
 from oncewise.storage.owners import alone
 from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
 from oncewise.storage.tables import orgs
-from tests.support.storage import Storage, sqlite_storage, storage_on
+from tests.support.storage import Storage, sqlite_storage, statements, storage_on
 
 
 @pytest.fixture
@@ -406,15 +405,6 @@ def test_work_of_a_closed_loop_is_committed_and_harms_nobody(tmp_path: Path):
 # -- cost --------------------------------------------------------------------------------------------------------
 
 
-def statements() -> dict[str, sa.Executable]:
-    return {
-        f"{module.__name__}.{name}": value
-        for module in (ledger, pairs, threads, requests)
-        for name, value in vars(module).items()
-        if isinstance(value, sa.Select | sa.Update | sa.Delete)
-    }
-
-
 @pytest.mark.parametrize("name", statements())
 async def test_no_statement_reads_through_a_table(storage: Storage, name: str):
     """A thread of ten thousand turns costs as much as one of ten: rows are found by index, and in its order."""
@@ -431,12 +421,6 @@ async def test_no_statement_reads_through_a_table(storage: Storage, name: str):
         assert not step.startswith("SCAN") or step.startswith(
             ("SCAN CONSTANT", *in_order_of_a_partial_or_limited_index)
         )
-
-
-@pytest.mark.parametrize("name", statements())
-def test_every_statement_can_be_said_to_postgresql(name: str):
-    """The second engine runs the very same queries."""
-    assert str(statements()[name].compile(dialect=postgresql.dialect()))
 
 
 @pytest.mark.parametrize(("statement", "index"), [(ledger._PLACE, "ix_turns_open"), (pairs._PAIR, "turn_id=?")])

@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 from oncewise.api.documents import Health, Performance, Readiness
 from oncewise.api.routes.common import Arrived, reply
+from oncewise.bootstrap import DEGRADED
 from oncewise.errors import OrgMismatch
 
 __all__ = ["router"]
@@ -24,10 +25,13 @@ async def live() -> Response:
 
 @router.get("/health/readiness", response_model=Readiness, responses={503: {"model": Readiness}})
 async def ready(exchange: Arrived) -> Response:
-    """Whether new work is taken on: everything that requests depend on answers, and the server is not stopping."""
+    """Whether new work is taken on: everything that requests need answers, and the server is not stopping.
+
+    Without Redis, if it is configured, requests are served all the same: the status is then `degraded`, with 200.
+    """
     checks = await exchange.services.ready()
-    if all(state == "ok" for state in checks.values()):
-        return reply({"status": "ok", "checks": checks})
+    if all(state in ("ok", DEGRADED) for state in checks.values()):
+        return reply({"status": DEGRADED if DEGRADED in checks.values() else "ok", "checks": checks})
     answer = reply({"status": "unavailable", "checks": checks}, 503)
     answer.headers["retry-after"] = "1"
     return answer
