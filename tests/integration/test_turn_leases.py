@@ -294,6 +294,28 @@ async def test_shown_text_of_a_lost_owner_is_kept_and_not_replaced(held):
     assert held.provider.calls == []
 
 
+@pytest.mark.parametrize("operation", ["take_over", "position"])
+async def test_a_takeover_waits_for_a_database_that_is_busy(held, operation):
+    """The lost owner may hold the row in a transaction that is never ended by itself; who waits goes on waiting."""
+    thread = await held.thread()
+    await lost(held, thread)
+    held.ledger.fail(operation, StorageUnavailable(), times=3)
+    held.provider.go.set()
+
+    assert (await held.post(thread)).stored.state is TurnState.COMPLETED
+    assert len(held.provider.calls) == 1
+
+
+async def test_a_lost_turn_is_ended_by_a_database_that_is_busy(held):
+    """Text of it was shown, so that who waits is told of the loss, and not that the database is away."""
+    thread = await held.thread()
+    await held.ledger.mark_visible(await lost(held, thread))
+    held.ledger.fail("end", StorageUnavailable(), times=3)
+
+    with pytest.raises(LeaderLost):
+        await held.post(thread)
+
+
 async def test_a_turn_that_lost_two_owners_is_not_tried_again(held):
     """It may be the turn that ends them: never more calls than epochs, and two of those."""
     thread = await held.thread()

@@ -414,6 +414,29 @@ async def test_a_row_that_is_held_for_too_long_is_unavailable(url: str):
         gate.opened.set()
 
 
+async def test_a_sweep_does_not_wait_for_a_thread_that_somebody_holds(url: str):
+    """Other lost turns are ended meanwhile; that one later, should nobody who waits for it have taken it over."""
+    async with opened(url, limits=QUICK) as database:
+        storage = replace(storage_on(database), options={"lease_s": 0.0, "replay_window_s": 0.0, "queue_limit": 1})
+        free, held = await storage.thread(), await storage.thread()
+        claims = [await storage.lead(thread) for thread in (free, held)]
+        gate = Gate()
+
+        def hold(conn: sa.Connection) -> None:
+            conn.execute(sa.text("SELECT id FROM threads WHERE id = :held FOR UPDATE"), {"held": held})
+            gate(conn)
+
+        holding = asyncio.ensure_future(database.write(hold))
+        await gate.entered.wait()
+        ended = await storage.ledger.sweep()
+        still = [claim.thread_id for claim in claims if not (await storage.read(claim)).state.final]
+        gate.opened.set()
+        await holding
+
+        assert (ended, still) == (1, [held])
+        assert await storage.ledger.sweep() == 1
+
+
 async def test_a_deadlock_is_run_again(url: str):
     """One of two that wait for each other is chosen by PostgreSQL, and nobody hears of it."""
     async with opened(url, limits=replace(QUICK, lock_s=5.0, statement_s=8.0, command_s=9.0)) as database:
