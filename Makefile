@@ -13,7 +13,7 @@ UV := UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP) config 
   test -n "$$UV_DEFAULT_INDEX" && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX; \
   VIRTUAL_ENV=$(VENV) $(BIN)/uv --quiet
 
-.PHONY: setup demo test clients browser lint bench simulate lock docs clean help
+.PHONY: setup demo test clients browser lint bench simulate faults lock docs clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -66,11 +66,14 @@ lint: setup ## style, types, and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup ## every benchmark, then the page of figures; twenty minutes
+bench: setup ## every benchmark, then the page of figures; forty-five minutes
 	@$(BIN)/python -m bench.run
 
 simulate: setup ## fifty thousand histories of a fleet under faults, in virtual time; a few minutes
 	@$(BIN)/python -m tests.simulation
+
+faults: setup ## real processes killed, stopped, cut off and starved by the hundred; the figures, in about an hour
+	@$(BIN)/python -m tests.faults
 
 lock: ## resolve the dependencies anew
 	@$(UV) pip compile pyproject.toml --extra local --group dev --universal --python-version 3.11 --generate-hashes --upgrade \

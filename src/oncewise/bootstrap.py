@@ -145,13 +145,28 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder, figures: SharedFigures | None = None) -> Services:
+OpenStorage = Callable[[Settings, str], Awaitable[Database]]
+"""Opens the database that the settings name, for an owner of turns of that name."""
+
+
+async def _storage(settings: Settings, owner: str) -> Database:
+    return await open_database(settings, owner=owner)
+
+
+async def open_services(
+    settings: Settings,
+    encoder: Encoder,
+    figures: SharedFigures | None = None,
+    *,
+    open_storage: OpenStorage = _storage,
+) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
 
     Args:
         settings: What to serve with.
         encoder: How events look on the wire.
         figures: What this process shares with the other workers of its server; closed with the services.
+        open_storage: How the database is opened; another way is for whoever puts something before it.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
@@ -162,14 +177,18 @@ async def open_services(settings: Settings, encoder: Encoder, figures: SharedFig
     async with AsyncExitStack() as opening:
         if figures is not None:
             opening.callback(figures.close)
-        return await _wire(settings, encoder, opening, figures)
+        return await _wire(settings, encoder, opening, figures, open_storage)
 
 
 async def _wire(
-    settings: Settings, encoder: Encoder, opening: AsyncExitStack, figures: SharedFigures | None
+    settings: Settings,
+    encoder: Encoder,
+    opening: AsyncExitStack,
+    figures: SharedFigures | None,
+    open_storage: OpenStorage,
 ) -> Services:
     owner = _new_id()
-    database = await open_database(settings, owner=owner)
+    database = await open_storage(settings, owner)
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
     listeners: list[Listener] = [log_event]

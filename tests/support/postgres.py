@@ -27,7 +27,7 @@ import asyncpg
 from oncewise.storage.postgres import upgrade_postgres
 from oncewise.storage.tables import metadata
 
-__all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "shared_server"]
+__all__ = ["PostgresServer", "empty_database", "fresh_database", "own_server", "roomy", "shared_server"]
 
 # It refuses to run as root; any account without rights will do, and this one is everywhere.
 _ACCOUNT = "nobody"
@@ -160,7 +160,7 @@ class PostgresServer:
         return f"test_{next(self._numbers)}"
 
 
-def _roomy() -> str | None:
+def roomy() -> str | None:
     """Memory that files can lie in: PostgreSQL makes many, and a disk that is busy takes a second for them."""
     memory = "/dev/shm"
     return memory if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30 else None
@@ -169,7 +169,7 @@ def _roomy() -> str | None:
 @contextmanager
 def own_server(*, durable: bool = False) -> Generator[PostgresServer, None, None]:
     """A server for a test that stops it; a durable one is on the disk, and syncs."""
-    place = None if durable else _roomy()
+    place = None if durable else roomy()
     with tempfile.TemporaryDirectory(prefix="oncewise-pg-", dir=place, ignore_cleanup_errors=True) as directory:
         server = PostgresServer(Path(directory), {} if durable else _CARELESS)
         server.start()

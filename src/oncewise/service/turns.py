@@ -17,6 +17,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -223,7 +224,8 @@ class TurnRun:
                     if self._desk.run_of(turn.org_id, turn.id) is not None:
                         return None
                     self._leased_s = asyncio.get_running_loop().time()
-                    taken = await self._desk.claim_lost(turn)
+                    # The row may be locked by its owner's last transaction, until the database ends that.
+                    taken = await self._patiently(partial(self._desk.claim_lost, turn))
                     if taken is None:
                         turn = await self._patiently(remote.turn.news)
             finally:
@@ -241,19 +243,21 @@ class TurnRun:
         if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
-            await self._desk.ledger.end(
-                claim,
-                TurnState.INTERRUPTED,
-                lost,
-                partial=turn.partial,
-                partial_seq=turn.partial_seq,
-                call_id=turn.call_id,
+            await self._patiently(
+                lambda: self._desk.ledger.end(
+                    claim,
+                    TurnState.INTERRUPTED,
+                    lost,
+                    partial=turn.partial,
+                    partial_seq=turn.partial_seq,
+                    call_id=turn.call_id,
+                )
             )
             remote.look()
             raise lost.error()
         self.ask = turn.ask
         # It may have waited when its owner was lost, and the turns before it are still open.
-        position = await self._desk.ledger.position(claim)
+        position = await self._patiently(lambda: self._desk.ledger.position(claim))
         return await self._lead(claim, position, remote.take_log())
 
     # -- leading -------------------------------------------------------------------------------------------------

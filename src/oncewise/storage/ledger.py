@@ -191,7 +191,8 @@ _FINISH_CALL = (
 
 
 # Ordered as the index of open turns; DISTINCT would read through all turns ever stored.
-_OPEN_OWNERS = sa.select(turns.c.owner).where(_OPEN).order_by(turns.c.lease_until_s)
+# Every process looks at this each second: a row for each turn of the fleet would be more than all else it is sent.
+_OPEN_OWNERS = sa.select(turns.c.owner).where(_OPEN).distinct()
 
 
 def open_owners(conn: sa.Connection) -> frozenset[str]:
@@ -473,6 +474,10 @@ def _sweep(conn: sa.Connection, now_s: float, ids: Ids, dead_owners: Sequence[st
     ended = 0
     # Threads in one order everywhere: two sweeps that hold one each must not wait for each other's.
     for row in sorted(lost, key=lambda row: (row.thread_id, row.idx)):
+        if not lock_thread(conn, row.org_id, row.thread_id, if_free=True):
+            # Somebody has it in hand: its owner after all, or a process that stopped in a transaction. Waiting here
+            # would keep other turns from their end, and take this one from those who wait for it.
+            continue
         claim = TurnClaim(row.org_id, row.thread_id, row.id, row.idx, row.epoch)
         ending = _Ending(TurnState.INTERRUPTED, failure, row.partial, row.partial_seq, row.call_id)
         ended += _end(conn, now_s, ids, claim, ending, update=_END_LOST) is not None
