@@ -387,6 +387,19 @@ async def test_a_turn_is_handed_back_with_what_was_shown(tmp_path):
         assert (turn.partial, turn.partial_seq, turn.lease_lapsed) == ("shown", 1, True)
 
 
+async def test_a_fence_and_a_stop_at_once_hold_up_no_shutdown(held):
+    """The task is cancelled once for both: it must not wait for the other owner then, who may take minutes."""
+    thread = await held.thread()
+    caller, claim = await leading(held, thread)
+    await taken_over(held, claim)
+    held.turns.run_of(thread.org_id, claim.turn_id)._fence()
+
+    async with asyncio.timeout(5):
+        await held.turns.aclose(0.0)
+
+    assert (await caller).code == "shutting_down"
+
+
 async def test_nothing_is_taken_on_while_closing(held):
     """Not even what would only be joined."""
     thread = await held.thread()

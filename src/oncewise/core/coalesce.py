@@ -149,6 +149,11 @@ class Flight(Generic[T]):
         self._after: list[Callable[[], None]] = []
         self._abandon_after_s = abandon_after_s
 
+    @property
+    def ending(self) -> bool:
+        """Whether it was cancelled, so that its work should come to an end; see `Coalescer.cancel`."""
+        return self._end is not None
+
     def mark_running(self) -> None:
         """Say that the work costs something from here on, so that leaving no longer drops it at once."""
         self._running = True

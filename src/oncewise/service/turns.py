@@ -575,6 +575,9 @@ class TurnRun:
             await self._patiently(lambda: self._end(claim, TurnState.INTERRUPTED, lost))
             turn = await self._patiently(lambda: self._row(claim))
         while not turn.state.final:
+            if self._desk.closing and self.flight is not None and self.flight.ending:
+                # The fence and the shutdown came as one cancellation: no other will follow.
+                raise ShuttingDown(retry_after_s=1.0)
             await asyncio.sleep(self._desk.rules.poll_s)
             turn = await self._patiently(lambda: self._row(claim))
         if self.log is not None:
