@@ -321,7 +321,7 @@ PAGES = {
         Section(
             "A burst over a fleet",
             "Half of the requests for JSON and half for events, at the same moment, spread over the servers; the "
-            f"provider takes 1 s. {FLEET_TEXT}",
+            f"provider takes 1 s. {FLEET_TEXT.rstrip()}",
             None,
             {"fleet": "fleet", "requests": "requests"},
             HEADLINE,
@@ -331,7 +331,7 @@ PAGES = {
         Section(
             "Viewers at another server",
             "Each turn is led by a viewer at one server (here), and seen by others at the second one (there), who have "
-            f"every delta through Valkey. {FLEET_TEXT}",
+            f"every delta through Valkey. {FLEET_TEXT.rstrip()}",
             None,
             {"turns": "turns", "viewers": "viewers there", "deltas": "deltas", "gap_ms": "ms between two"},
             VIEWERS,
@@ -341,7 +341,7 @@ PAGES = {
         Section(
             "The death of a leader",
             "Ten requests wait at one server for a turn that another one leads, which is killed with signal 9 in the "
-            f"middle of the provider's second; the survivor asks again. {FLEET_TEXT}",
+            f"middle of the provider's second; the survivor asks again. {FLEET_TEXT.rstrip()}",
             None,
             {"followers": "followers"},
             FAILOVER,
