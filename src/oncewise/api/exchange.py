@@ -205,7 +205,10 @@ class Exchange:
         Raises:
             UnsupportedMediaType: the Content-Type is missing or another.
         """
-        kind, *options = (part.strip().lower() for part in self.headers.get(b"content-type", b"").split(b";"))
+        sent = self.headers.get(b"content-type", b"")
+        if sent == wanted:
+            return
+        kind, *options = (part.strip().lower() for part in sent.split(b";"))
         charsets = (option.partition(b"=")[2].strip(b'"') for option in options if option.startswith(b"charset"))
         if kind != wanted or any(charset != b"utf-8" for charset in charsets):
             raise UnsupportedMediaType

@@ -107,7 +107,7 @@ class Verifier:
         for name, value in _delta(self._provider, choice).items():
             if value and name in _SUBSTANCE:
                 self._has_substance = True
-                self._call.text(_written(self._provider, name, value))
+                self._call.text(value if isinstance(value, str) else _written(self._provider, name, value))
             elif value and name in _REASONING:
                 self._call.token()
 
@@ -119,10 +119,8 @@ class Verifier:
 
 
 def _written(provider: str, name: str, value: Any) -> str:
-    """The text whose size counts."""
-    if name == "content":
-        return _text(provider, value)
-    return value if isinstance(value, str) else str(value)
+    """The text whose size counts, of a value that is none itself."""
+    return _text(provider, value) if name == "content" else str(value)
 
 
 async def as_text(provider: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[ProviderEvent, None]:

@@ -82,7 +82,7 @@ class Call:
             ProviderProtocolError: the answer exceeds 4 MiB; not retryable.
         """
         self.token()
-        self._bytes += len(text.encode())
+        self._bytes += len(text) if text.isascii() else len(text.encode())
         if self._bytes > MAX_ANSWER_BYTES:
             raise broken(f"{self._provider} sent an answer of more than 4 MiB.", retryable=False)
 

@@ -120,7 +120,7 @@ class EventStream:
         self._clear()
         if not data:
             return None
-        return Event(_decoded(data), _decoded(name), self._last_id, retry_ms)
+        return Event(_decoded(data), _decoded(name) if name else "", self._last_id, retry_ms)
 
     def _check(self, more: int) -> None:
         if self._size + more > self._max_event_bytes:

@@ -5,6 +5,8 @@ Deliberately absent: quantiles and sums. Whoever shows figures computes them fro
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,6 +37,19 @@ def _record(row: sa.Row[Any]) -> RequestRecord:
     return RequestRecord(**values)
 
 
+_values = attrgetter(*_NAMES)
+
+
+@cache
+def _statement(dialect: sa.Dialect) -> str:
+    return str(_INSERT.compile(dialect=dialect, column_keys=list(_NAMES)))
+
+
+def _insert(conn: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
+    """Write rows as the driver takes them: there are thousands a second, and the detour by names triples their cost."""
+    conn.exec_driver_sql(_statement(conn.dialect), rows).close()
+
+
 class SqlRequestLog:
     """The `RequestLog` port on any `Database`, which it does not close."""
 
@@ -45,8 +60,8 @@ class SqlRequestLog:
         """See `RequestLog.record`."""
         if records:
             # Not `asdict`, which copies deeply: a sixth of the time of answering 5,000 requests at once.
-            rows: list[dict[str, Any]] = [{name: getattr(record, name) for name in _NAMES} for record in records]
-            await self._database.write(lambda conn: conn.execute(_INSERT, rows).close())
+            rows = [_values(record) for record in records]
+            await self._database.write(lambda conn: _insert(conn, rows))
 
     async def last(self, n: int, org_id: str | None = None) -> tuple[RequestRecord, ...]:
         """See `RequestLog.last`."""
