@@ -66,7 +66,7 @@ lint: setup ## style, types, and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup ## every benchmark, then the page of figures; twenty minutes
+bench: setup ## every benchmark, then the page of figures; forty-five minutes
 	@$(BIN)/python -m bench.run
 
 simulate: setup ## fifty thousand histories of a fleet under faults, in virtual time; a few minutes

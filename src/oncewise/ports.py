@@ -8,7 +8,7 @@ One contract suite per port lives in `tests/contract` and runs on every implemen
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from oncewise.errors import Failure
 from oncewise.model import (
@@ -32,6 +32,7 @@ from oncewise.model import (
 
 __all__ = [
     "Admission",
+    "AtHand",
     "CallRecord",
     "CallSlots",
     "Chunk",
@@ -617,6 +618,15 @@ class CallSlots(Protocol):
 
     def give_back(self) -> None:
         """Give one of this process's slots back. Returns at once; should it be lost, the slot lapses."""
+        ...
+
+
+@runtime_checkable
+class AtHand(Protocol):
+    """What a `StartLimiter` or `CallSlots` may offer besides: an answer without waiting for anybody."""
+
+    def take_now(self) -> bool:
+        """Book a start for this moment, or take a slot, if one is free; False if not, or if others must be asked."""
         ...
 
 

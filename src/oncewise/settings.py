@@ -184,8 +184,8 @@ class Settings(BaseModel):
         default=None,
         repr=False,
         pattern=r"^(rediss?|unix)://",
-        description="Redis or Valkey that several workers share (`redis://`, `rediss://` or `unix://`). One worker "
-        "needs none.",
+        description="Redis 7.0 or newer, or Valkey, that all workers and servers on one database share (`redis://`, "
+        "`rediss://` or `unix://`). One process needs none.",
     )
     replay_window_s: float = Field(
         default=30.0,

@@ -33,10 +33,11 @@ async def test_from_an_empty_database_to_a_server(empty, tmp_path):
         return said[-1]
 
     assert step("db", "current").startswith("empty; this version's schema is ")
+    assert step("db", "current", "--check", status=1) == step("db", "current")
     refused = step("serve", "--port", "0", status=1)
     assert "is empty" in refused
     assert "`oncewise db upgrade`" in refused
-    assert step("db", "upgrade") == step("db", "current")
+    assert step("db", "upgrade") == step("db", "current", "--check")
     open_to_all = step("serve", "--host", "0.0.0.0", "--port", "0", status=1)
     assert "oncewise keys create --org ORG --database postgresql://postgres:***@127.0.0.1:" in open_to_all
     made = step("keys", "create", "--org", "acme").splitlines()

@@ -125,13 +125,19 @@ async def test_the_headline_over_two_servers(site):
 async def test_a_stream_on_another_server_is_the_leaders_byte_for_byte(site):
     """Of a request that follows, of a viewer from the start, and from the middle on of one that comes late."""
     thread = await site.first.thread()
-    async with await stream_of(site.first, thread, model=SLOW) as leading:
+    # The first text comes when all heads are out: whoever is not there yet gets what he missed in one piece.
+    model = f"lat1800-{SLOW}"
+    async with await stream_of(site.first, thread, model=model) as leading:
         place = leading.reply.headers["location"]
-        async with await stream_of(site.second, thread, model=SLOW) as following, watching(site.second, place) as early:
+        async with (
+            await stream_of(site.second, thread, model=model) as following,
+            watching(site.second, place) as early,
+        ):
             await leading.until("delta")
             await asyncio.sleep(0.5)
             async with watching(site.second, place) as late:
                 await asyncio.gather(*(watch.rest() for watch in (leading, following, early, late)))
+    assert following.text == early.text == leading.text
     assert told(following) == told(early) == told(leading)
     assert following.reply.headers["x-coalesce"] == "follower"
     assert late.text == leading.text
@@ -337,15 +343,16 @@ async def test_keys_tell_nothing_of_tenants_ids_or_text(site):
         await stream_of(site.second, thread, "secret words", model=SLOW) as following,
     ):
         asking = [asyncio.create_task(ask_v1(server, body)) for server in site.servers]
-        await following.until("delta")
-        keys = [key for key in site.valkey.ask("KEYS", "*").split("\r\n") if key.startswith("oncewise")]
+        keys: set[str] = set()
+        async with asyncio.timeout(10):
+            while not all(any(kind in key for key in keys) for kind in (":log:", ":claim:", ":slots:", ":in:")):
+                keys |= set(re.findall(r"^oncewise\S+", site.valkey.ask("KEYS", "*"), re.MULTILINE))
+                await asyncio.sleep(0.02)
+        lifetimes = {key: site.valkey.ask("PTTL", key) for key in keys}
         await asyncio.gather(leading.rest(), following.rest(), *asking)
     turn_id = leading.turn_id
-    assert any(":log:" in key for key in keys)
-    assert any(":claim:" in key for key in keys)
     for word in ("acme", thread, turn_id, "secret", "hi"):
         assert not [key for key in keys if word in key.removeprefix("oncewise")]
-    lifetimes = {key: site.valkey.ask("PTTL", key) for key in keys}
     assert [key for key, answer in lifetimes.items() if answer.startswith(":-1")] == []
 
 
@@ -354,27 +361,25 @@ async def test_keys_tell_nothing_of_tenants_ids_or_text(site):
 
 @pytest.mark.parametrize("redis", [True, False], ids=["redis", "database"])
 async def test_two_servers_keep_one_rate_and_one_number_of_calls(tmp_path, monkeypatch, redis):
-    """Twelve calls at four a second, three at a time, over both; and a pause that one was told holds both."""
-    limits = {"OPENAI_RPS": "4", "OPENAI_BURST": "1", "OPENAI_CONCURRENCY": "3"}
+    """Ten calls at five a second, three at a time, over both; and a pause that one was told holds both."""
+    limits = {"OPENAI_RPS": "5", "OPENAI_BURST": "1", "OPENAI_CONCURRENCY": "3"}
     async with two_servers_with(tmp_path, limits, redis=redis) as site:
         # A process that was alone on a database sees within a second that it no longer is.
         await asyncio.sleep(1.2)
-        threads = [await site.first.thread() for _ in range(12)]
+        threads = [await site.first.thread() for _ in range(10)]
         replies = await asyncio.gather(
             *(
-                site.servers[number % 2].say(thread, str(number), model="lat900-n1")
+                site.servers[number % 2].say(thread, str(number), model="lat700-n1")
                 for number, thread in enumerate(threads)
             )
         )
-        assert [reply.status for reply in replies] == [200] * 12
-        starts = sorted(call.started_s for call in site.provider.calls)
-        gaps = [after - before for before, after in pairwise(starts)]
-        assert min(gaps) > 0.25 - 0.06
+        assert [reply.status for reply in replies] == [200] * 10
+        check_starts([call.started_s for call in site.provider.calls])
         assert site.provider.max_running <= 3
 
         site.provider.reset()
         threads = [await site.first.thread() for _ in range(5)]
-        refused = asyncio.create_task(site.first.say(threads[0], "again", model="first1-err429-retryafter2-n1"))
+        refused = asyncio.create_task(site.first.say(threads[0], "again", model="first1-err429-retryafter1-n1"))
         await until(lambda: calls(site) == 1)
         await asyncio.sleep(0.3)
         others = await asyncio.gather(
@@ -382,8 +387,15 @@ async def test_two_servers_keep_one_rate_and_one_number_of_calls(tmp_path, monke
         )
         assert {reply.status for reply in (await refused, *others)} == {200}
         starts = sorted(call.started_s for call in site.provider.calls)
-        assert starts[1] - starts[0] >= 2.0 - 0.05
-        assert min(after - before for before, after in pairwise(starts[1:])) > 0.25 - 0.06
+        assert starts[1] - starts[0] >= 1.0 - 0.05
+        check_starts(starts[1:])
+
+
+def check_starts(starts: list[float]) -> None:
+    """Five a second, as far as a busy machine lets processes keep the moments that they booked."""
+    starts = sorted(starts)
+    assert min(after - before for before, after in pairwise(starts)) > 0.06
+    assert starts[-1] - starts[0] > 0.2 * (len(starts) - 1) - 0.1
 
 
 @asynccontextmanager
@@ -411,7 +423,7 @@ async def test_nothing_fails_when_the_valkey_goes_in_the_middle(tmp_path, fault)
     """Turns that run finish, streams elsewhere go on, new turns are served; each by one call."""
     async with two_servers(tmp_path, lease_s=3) as site:
         threads = [await site.first.thread() for _ in range(6)]
-        model = "n60-gap50-tok12"
+        model = "n40-gap50-tok12"
         async with AsyncExitStack() as opened:
             watches = []
             for number, thread in enumerate(threads):
@@ -480,9 +492,10 @@ async def test_servers_start_without_their_valkey_and_find_it_later(tmp_path):
         for server in servers:
             await ready(server, "ok")
         await asyncio.sleep(0.3)
+        model = f"lat1800-{SLOW}"
         async with (
-            await stream_of(servers[0], thread, "more", model=SLOW) as leading,
-            await stream_of(servers[1], thread, "more", model=SLOW) as following,
+            await stream_of(servers[0], thread, "more", model=model) as leading,
+            await stream_of(servers[1], thread, "more", model=model) as following,
         ):
             await asyncio.gather(leading.rest(), following.rest())
         assert told(leading) == told(following)

@@ -165,6 +165,21 @@ async def test_text_that_was_shown_is_taken_back_when_another_text_is_stored(hel
     assert viewer.take() == b"theirs"
 
 
+async def test_a_turn_that_another_owner_ended_is_told_as_that_one_ended_it(held):
+    """Callers and viewers alike; the log says so and is kept, instead of being cut off."""
+    thread = await held.thread()
+    caller, claim = await leading(held, thread)
+    log = await held.turns.run_of(thread.org_id, claim.turn_id).watch()
+    taken = await taken_over(held, claim)
+    held.provider.go.set()
+    lost = LeaderLost().failure()
+    await held.ledger.end(taken, TurnState.INTERRUPTED, lost, partial="", partial_seq=0, call_id=None)
+
+    assert (await caller).code == "leader_lost"
+    assert log.closed
+    assert held.hub.get((claim.org_id, claim.turn_id)) is log
+
+
 # -- beat --------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +327,15 @@ async def test_a_turn_that_lost_two_owners_is_not_tried_again(held):
     assert isinstance(error, LeaderLost)
     assert held.provider.calls == []
     assert (await held.ledger.turn(thread.org_id, thread.id, claim.turn_id)).state is TurnState.INTERRUPTED
+
+
+async def test_looking_again_and_again_for_a_place_holds_nothing(held):
+    """A turn behind one of another process looks twice a second for as long as that takes."""
+    thread = await held.thread()
+    claim = await lost(held, thread)
+    for _ in range(3):
+        await held.turns.turn_ended(claim, 0.001)
+    assert [gate for gates in held.turns._gates.values() for gate in gates] == []
 
 
 async def test_a_living_owner_elsewhere_is_waited_for(held):

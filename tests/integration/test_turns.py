@@ -180,6 +180,20 @@ async def test_a_passing_failure_is_retried_inside_the_flight(desk):
     assert max(result.upstream_calls for result, _ in told) == 2
 
 
+async def test_retries_are_bounded_in_number(desk):
+    """Three calls, whatever the budget would allow; whoever waits is told of the last."""
+    thread = await desk.thread()
+    for _ in range(100):
+        desk.calls.lanes["scripted"].budget.called(asyncio.get_running_loop().time())
+    desk.provider.failures = [(0, ProviderError(f"{number}")) for number in range(9)]
+
+    errors = await asyncio.gather(*(desk.outcome(thread) for _ in range(4)))
+
+    assert {error.detail for error in errors} == {"2"}
+    assert len(desk.provider.calls) == 3
+    await desk.settled()
+
+
 async def test_a_rate_limit_holds_everybody_back(desk):
     """After a 429 nobody calls before the provider's Retry-After, and whoever waited is served then."""
     threads = [await desk.thread() for _ in range(3)]

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,7 +61,7 @@ async def hosted() -> AsyncIterator[HttpTransport]:
 
 async def ask(transport: HttpTransport, what: bytes, *, leaves: bool = False) -> bytes:
     got = b""
-    async with transport.post("x", what) as reply:
+    with closing(await transport.post("x", what)) as reply:
         while not leaves and (piece := await reply.read()):
             got += piece
     return got

@@ -34,7 +34,7 @@ from oncewise.storage import engines, schema
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
 
-__all__ = ["Finding", "State", "address", "database", "limits", "program", "provider", "redis", "workers"]
+__all__ = ["Finding", "State", "address", "database", "demo", "limits", "program", "provider", "redis", "workers"]
 
 FILES_LOW, FILES_FEW = 1024, 4096
 DISK_LOW_BYTES = 200 * 2**20
@@ -85,7 +85,11 @@ def _ms(seconds: float) -> str:
 # -- this process --------------------------------------------------------------------------------------------------
 
 
-def program(loaded: Loaded) -> Iterator[Finding]:
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def program(loaded: Loaded, is_installed: Callable[[str], bool] = _is_installed) -> Iterator[Finding]:
     """Versions, what the settings need installed, and variables that are no settings."""
     settings = loaded.settings
     version = ".".join(map(str, sys.version_info[:3]))
@@ -95,7 +99,7 @@ def program(loaded: Loaded) -> Iterator[Finding]:
         "redis": settings.redis_url is not None or settings.workers > 1,
     }
     for package, needed in needs.items():
-        if needed and find_spec(package) is None:
+        if needed and not is_installed(package):
             yield Finding(
                 "program", State.WRONG, f"the settings need {package}, which is not installed",
                 "pip install 'oncewise[cluster]'",
@@ -104,13 +108,13 @@ def program(loaded: Loaded) -> Iterator[Finding]:
         yield Finding("settings", State.NOTE, warning)
 
 
-def workers(settings: Settings) -> Iterator[Finding]:
+def workers(settings: Settings, find: Callable[[], Path | None] = find_valkey) -> Iterator[Finding]:
     """Whether several workers have something between them."""
     if settings.workers == 1:
         return
     if settings.redis_url is not None:
         yield Finding("workers", State.OK, f"{settings.workers} workers share the configured Redis")
-    elif find_valkey() is not None:
+    elif find() is not None:
         yield Finding("workers", State.OK, f"{settings.workers} workers will have a Valkey server of their own")
     else:
         yield Finding(
@@ -175,7 +179,7 @@ async def database(settings: Settings) -> AsyncIterator[Finding]:
     yield Finding("database", State.OK, f"schema {revision}, as this version has it")
     opened = await engines.open_database(settings, owner=str(uuid7()), visit=True)
     try:
-        async for finding in _opened(opened):
+        async for finding in _opened(opened, settings):
             yield finding
         made, _revoked = await SqlKeyStore(opened, ids=lambda: "").counts()
         if not made and not is_loopback(settings.host):
@@ -196,7 +200,7 @@ def _behind(settings: Settings, revision: str | None) -> Finding:
     return Finding("database", State.NOTE, f"{said}; the server upgrades it at its start", "keep a copy of the file")
 
 
-async def _opened(opened: Database) -> AsyncIterator[Finding]:
+async def _opened(opened: Database, settings: Settings) -> AsyncIterator[Finding]:
     version = "SHOW server_version" if opened.dialect_name == "postgresql" else "SELECT sqlite_version()"
     name = "PostgreSQL" if opened.dialect_name == "postgresql" else "SQLite"
     found = await opened.read(lambda conn: conn.execute(sa.text(version)).scalar_one())
@@ -205,38 +209,66 @@ async def _opened(opened: Database) -> AsyncIterator[Finding]:
     def write(conn: sa.Connection) -> None:
         conn.execute(sa.text("UPDATE alembic_version SET version_num = version_num")).close()
 
-    seconds = await _timed(lambda: opened.write(write))
-    slow = seconds > SLOW_WRITE_S
-    mend = "a faster disk, or a database that is nearer" if slow else ""
-    yield Finding("database", State.NOTE if slow else State.OK, f"a write takes {_ms(seconds)}", mend)
+    yield _written(await _timed(lambda: opened.write(write)))
     began_s = time.time()
     there_s = await opened.read(database_time_s)
     yield _skew("database", there_s, began_s)
+    if opened.dialect_name == "postgresql" and not settings.database_transaction_pooling:
+        row = await opened.read(lambda conn: conn.execute(_CONNECTIONS).one())
+        yield _room(settings, row.usable, row.used)
     for hazard in await opened.hazards():
-        yield Finding("database", State.NOTE, hazard)
+        yield Finding("database", State.NOTE, hazard, "set it to on in postgresql.conf, and reload PostgreSQL")
 
 
-def _place(settings: Settings) -> Iterator[Finding]:
+_CONNECTIONS = sa.text(
+    """\
+SELECT CAST(current_setting('max_connections') AS INT)
+    - CAST(current_setting('superuser_reserved_connections') AS INT)
+    - COALESCE(CAST(current_setting('reserved_connections', TRUE) AS INT), 0) AS usable,
+  (SELECT CAST(COUNT(*) AS INT) FROM pg_stat_activity WHERE backend_type = 'client backend') AS used"""
+)
+
+
+def _room(settings: Settings, usable: int, used: int) -> Finding:
+    """Whether PostgreSQL has room for all connections that a server opens at most."""
+    # One more for each process, which shows that it is alive.
+    needed = settings.workers * (settings.database_connections + 1)
+    said = f"this server opens up to {needed} connections; {max(0, usable - used)} of {usable} are free"
+    if needed <= usable - used:
+        return Finding("database", State.OK, said)
+    # Those that are used may be of this very server, which runs.
+    state = State.NOTE if needed <= usable else State.WRONG
+    mend = "raise max_connections, lower ONCEWISE_DATABASE_CONNECTIONS, or put a pooler in front (see the how-to)"
+    return Finding("database", state, said, mend)
+
+
+def _written(seconds: float) -> Finding:
+    slow = seconds > SLOW_WRITE_S
+    mend = "a faster disk, or a database that is nearer" if slow else ""
+    return Finding("database", State.NOTE if slow else State.OK, f"a write takes {_ms(seconds)}", mend)
+
+
+def _place(settings: Settings, mounts: Path = Path("/proc/mounts"), free_bytes: int | None = None) -> Iterator[Finding]:
     """What the directory of an SQLite file is on."""
     directory = Path(sa.make_url(settings.database_url).database or ".").expanduser().absolute().parent
     while not directory.exists():
         directory = directory.parent
-    kind = _file_system(directory)
+    kind = _file_system(directory, mounts)
     if kind in NETWORK_FILE_SYSTEMS:
         yield Finding(
             "database", State.WRONG, f"the file is on a network file system ({kind}), where its locks do not work",
             "a local disk, or PostgreSQL",
         )  # fmt: skip
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(directory).free if free_bytes is None else free_bytes
     if free < DISK_LOW_BYTES:
         yield Finding("database", State.NOTE, f"{free // 2**20} MiB are free on its disk", "make room")
 
 
-def _file_system(directory: Path) -> str:
+def _file_system(directory: Path, mounts: Path) -> str:
     """The kind of file system, where the kernel tells; else nothing."""
     best, kind = "", ""
     with suppress(OSError):
-        for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        for line in mounts.read_text(encoding="utf-8").splitlines():
             _device, mount, name, *_ = line.split(" ")
             if len(mount) > len(best) and directory.is_relative_to(mount):
                 best, kind = mount, name
@@ -267,6 +299,9 @@ def _skew(check: str, there_s: float, here_s: float) -> Finding:
 async def redis(settings: Settings) -> AsyncIterator[Finding]:
     """Whether it answers, is new enough, runs scripts and streams, keeps what it is given, and tells the same time."""
     if settings.redis_url is None:
+        if settings.database_url.startswith("postgres") and settings.workers == 1:
+            said = "none is set: other servers on this database would see each other's turns a second late"
+            yield Finding("redis", State.NOTE, said, "set ONCEWISE_REDIS_URL, unless this is the only server")
         return
     from oncewise.coordination.wire import BadAddress, Wire, WireFailed
 
@@ -313,12 +348,15 @@ async def _asked(wire: Any) -> AsyncIterator[Finding]:
         mend = "allow streams to this user, and writes to this server"
         yield Finding("redis", State.WRONG, f"it takes no streams ({refused[0].code})", mend)
         return
-    seconds = await _timed(stream)
-    slow = seconds > SLOW_REDIS_S
-    mend = "a Redis that is nearer; each 25 ms of text waits for it" if slow else ""
-    yield Finding("redis", State.NOTE if slow else State.OK, f"scripts and streams work, in {_ms(seconds)}", mend)
+    yield _streamed(await _timed(stream))
     if not isinstance(clock, Refused):
         yield _skew("redis", int(clock[0]) + int(clock[1]) / 1e6, began_s)
+
+
+def _streamed(seconds: float) -> Finding:
+    slow = seconds > SLOW_REDIS_S
+    mend = "a Redis that is nearer; each 25 ms of text waits for it" if slow else ""
+    return Finding("redis", State.NOTE if slow else State.OK, f"scripts and streams work, in {_ms(seconds)}", mend)
 
 
 def _versions(facts: dict[str, str], floor: tuple[int, int]) -> Iterator[Finding]:
@@ -346,6 +384,15 @@ def _versions(facts: dict[str, str], floor: tuple[int, int]) -> Iterator[Finding
 
 
 # -- providers -----------------------------------------------------------------------------------------------------
+
+
+def demo(settings: Settings) -> Iterator[Finding]:
+    """Whether answers are made up."""
+    if settings.demo:
+        yield Finding("providers", State.NOTE, "the demo answers for every provider", "unset ONCEWISE_DEMO")
+    elif not settings.providers:
+        said = "none has a key, so that the demo answers"
+        yield Finding("providers", State.NOTE, said, "set OPENAI_API_KEY, or the key of another provider")
 
 
 async def provider(configured: ProviderSettings) -> Finding:

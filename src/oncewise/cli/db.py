@@ -10,7 +10,7 @@ from uuid_utils import uuid7
 from oncewise.settings import Settings
 from oncewise.storage import engines, schema
 
-__all__ = ["current", "upgrade"]
+__all__ = ["current", "is_current", "upgrade"]
 
 
 def current(settings: Settings) -> str:
@@ -23,6 +23,15 @@ def current(settings: Settings) -> str:
         return f"no database yet; this version's schema is {schema.HEAD}"
     revision = asyncio.run(engines.revision(settings))
     return f"{revision or 'empty'}; this version's schema is {schema.HEAD}"
+
+
+def is_current(settings: Settings) -> bool:
+    """Whether the database has this version's schema, so that a server starts on it. Changes nothing.
+
+    Raises:
+        StorageUnavailable: see `engines.revision`.
+    """
+    return engines.is_there(settings) and asyncio.run(engines.revision(settings)) == schema.HEAD
 
 
 def upgrade(settings: Settings) -> str:

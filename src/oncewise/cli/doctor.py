@@ -29,6 +29,7 @@ def run(loaded: Loaded, *, as_json_text: bool) -> bool:
         *checks.limits(),
         *checks.workers(loaded.settings),
         *checks.address(loaded.settings),
+        *checks.demo(loaded.settings),
     ]
     findings = [*here, *asyncio.run(_elsewhere(loaded))]
     well = all(finding.state is not State.WRONG for finding in findings)

@@ -190,13 +190,17 @@ def config_show(
 @db_app.command("current")
 def db_current(
     *,
+    check: Annotated[bool, typer.Option("--check", help="End with exit code 1 unless they are the same.")] = False,
     database: Annotated[str | None, typer.Option(metavar="URL", help="Database to look at.")] = None,
     config: ConfigFile = None,
 ) -> None:
     """Print the revision of the database's schema, and that of this version."""
-    from oncewise.cli.db import current
+    from oncewise.cli.db import current, is_current
 
-    typer.echo(current(_settings(database, config)))
+    settings = _settings(database, config)
+    typer.echo(current(settings))
+    if check and not is_current(settings):
+        raise typer.Exit(1)
 
 
 @db_app.command("upgrade")

@@ -52,6 +52,13 @@ class FallbackLimiter:
         self._used = None
         return 0.0
 
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`: with nobody to ask, the own starts say it all."""
+        if self._limiters():
+            return False
+        self._used = None
+        return self._own.take(self._clock_s())
+
     async def give_back(self) -> None:
         """See `StartLimiter.give_back`."""
         self._own.give_back()
@@ -91,6 +98,13 @@ class FallbackSlots:
             self._taken.append(slots)
             return
         self._taken.append(None)
+
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`: with nobody to ask, slots are not counted."""
+        if self._slots():
+            return False
+        self._taken.append(None)
+        return True
 
     def give_back(self) -> None:
         """See `CallSlots.give_back`."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import count
 
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import Starts
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import LogEntry, LogTail, Signal
 
@@ -36,7 +36,7 @@ class _Log:
 
 @dataclass
 class _Pace:
-    gcra: Gcra
+    starts: Starts
     booked: int = 0
 
 
@@ -258,13 +258,13 @@ class _Limiter:
 
     @property
     def _pace(self) -> _Pace:
-        return self._worker.world.paces.setdefault(self._provider, _Pace(Gcra(self._rate, self._burst)))
+        return self._worker.world.paces.setdefault(self._provider, _Pace(Starts(self._rate, self._burst)))
 
     async def reserve(self) -> float:
         """See `StartLimiter.reserve`."""
         world = self._worker.ask()
         pace, now_s = self._pace, _now_s()
-        start_s = pace.gcra.reserve(now_s)
+        start_s = pace.starts.reserve(now_s)
         pace.booked += 1
         self._mine = pace.booked
         await asyncio.sleep(0)
@@ -275,14 +275,14 @@ class _Limiter:
         """See `StartLimiter.give_back`."""
         self._worker.ask()
         if self._pace.booked == self._mine:
-            self._pace.gcra.give_back()
+            self._pace.starts.give_back()
             self._mine = -1
 
     async def pause(self, for_s: float) -> None:
         """See `SharedLimiter.pause`."""
         self._worker.ask()
         self._pace.booked += 1
-        self._pace.gcra.pause(_now_s() + for_s)
+        self._pace.starts.pause(_now_s() + for_s)
 
 
 class _Slots:

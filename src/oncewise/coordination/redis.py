@@ -6,7 +6,7 @@
 | `P:in:A`, `P:all` | streams | words to the worker of address A, and to all; kept for a minute |
 | `P:workers` | sorted set | who is alive, by the server's clock |
 | `P:claim:N` | string | who holds a name |
-| `P:pace:R` | string | when the bucket of provider R is full again |
+| `P:pace:R`, `P:starts:R` | string, list | when the bucket of provider R is full again, and its latest starts |
 | `P:slots:R`, `P:wait:R` | sorted sets | running calls of a provider, and workers that wait for one to end |
 
 P names the deployment and N is a keyed digest, so keys tell nothing of tenants, ids or text. Everything has a lifetime.
@@ -25,9 +25,9 @@ import orjson
 
 from oncewise.coordination.link import Link, Script
 from oncewise.coordination.reader import EntryId, Fields, Reader
-from oncewise.coordination.wire import BadAddress, Wire
+from oncewise.coordination.wire import BadAddress, Refused, Wire
 from oncewise.core.errands import Errands
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import SECOND_S, Starts
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import Listener, LogEntry, LogTail, Signal
 
@@ -185,26 +185,29 @@ class _Claims:
 
 
 class _Limiter:
-    def __init__(self, link: Link, key: str, rate: float, burst: int) -> None:
-        gcra = Gcra(rate, burst)
+    def __init__(self, link: Link, keys: tuple[str, str], rate: float, burst: int) -> None:
+        starts = Starts(rate, burst)
         self._link = link
-        self._key = key
-        self._spacing_us = round(gcra.spacing_s * 1e6)
-        self._slack_us = round(gcra.slack_s * 1e6)
+        self._keys = keys
+        self._spacing_us = round(starts.gcra.spacing_s * 1e6)
+        self._slack_us = round(starts.gcra.slack_s * 1e6)
+        self._window = starts.window
         self._booked = b""
 
     async def reserve(self) -> float:
         """See `StartLimiter.reserve`."""
-        delay_us, self._booked = await self._link.run(_RESERVE, (self._key,), self._spacing_us, self._slack_us)
+        delay_us, self._booked = await self._link.run(
+            _RESERVE, self._keys, self._spacing_us, self._slack_us, self._window, round(SECOND_S * 1e6)
+        )
         return float(delay_us) / 1e6
 
     async def give_back(self) -> None:
         """See `StartLimiter.give_back`."""
-        await self._link.run(_UNRESERVE, (self._key,), self._booked, self._spacing_us)
+        await self._link.run(_UNRESERVE, self._keys, self._booked, self._spacing_us)
 
     async def pause(self, for_s: float) -> None:
         """See `SharedLimiter.pause`."""
-        await self._link.run(_PAUSE, (self._key,), round(for_s * 1e6), self._slack_us)
+        await self._link.run(_PAUSE, self._keys[:1], round(for_s * 1e6), self._slack_us)
 
 
 class _Slots:
@@ -296,7 +299,7 @@ class RedisCoordination:
 
     def limiter(self, provider: str, *, rate: float, burst: int) -> _Limiter:
         """See `Coordination.limiter`."""
-        return _Limiter(self.link, self.key("pace", provider), rate, burst)
+        return _Limiter(self.link, (self.key("pace", provider), self.key("starts", provider)), rate, burst)
 
     def slots(self, provider: str, *, limit: int) -> _Slots:
         """See `Coordination.slots`. Call it once for each provider."""
@@ -335,8 +338,10 @@ class RedisCoordination:
         """See `Coordination.check`."""
         try:
             info: bytes = await self.link.call("INFO", "server")
-        except CoordinationUnavailable:
-            return f"Redis does not answer ({self.link.reason or 'timeout'})."
+        except CoordinationUnavailable as error:
+            refused = error.__cause__
+            reason = refused.code if isinstance(refused, Refused) else self.link.reason
+            return f"Redis does not answer ({reason or 'timeout'})."
         lines = dict(line.partition(":")[::2] for line in info.decode().splitlines())
         valkey, redis = lines.get("valkey_version"), lines.get("redis_version", "0")
         self.version = f"Valkey {valkey}" if valkey else f"Redis {redis}"

@@ -9,7 +9,7 @@ Deliberately absent: whether an answer is whole (`oncewise.providers.answer`).
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from oncewise.model import Usage
 from oncewise.ports import Chunk
@@ -117,6 +117,10 @@ def _finished(index: int, choice: Json) -> Json:
     return {"logprobs": None, **choice, "index": index}
 
 
+_MOST = 2**30 - 1
+"""Tokens. No model takes or makes as many; a figure above is a mistake, and the sum of two would fit no column."""
+
+
 def usage_of(chunk: Chunk) -> tuple[Usage | None, float | None]:
     """Tokens, and cost in US dollars, that a chunk tells; None for what it does not."""
     return _figures(usage_object(chunk))
@@ -137,11 +141,15 @@ def _figures(usage: Json | None) -> tuple[Usage | None, float | None]:
         return None, None
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     found = None
-    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
+    if _is_count(prompt) and _is_count(completion):
         read, written = _cached(usage)
         read = min(read, prompt)
         found = Usage(prompt, completion, cached_tokens=read, cache_write_tokens=min(written, prompt - read))
     return found, _cost_usd(usage)
+
+
+def _is_count(tokens: Any) -> TypeGuard[int]:
+    return type(tokens) is int and 0 <= tokens <= _MOST
 
 
 def _cached(usage: Json) -> tuple[int, int]:

@@ -8,8 +8,8 @@ pause and use fewer of the starts (`oncewise.core.throttle`).
 A start is booked for whoever is next when it comes, not for whoever was next when it was booked: a request that leaves
 the queue costs its neighbours nothing.
 
-The pacer owns its queue and its permits; `_hand_out` is the only method that gives one and `_release` the only one that
-takes it back.
+The pacer owns its queue and its permits; `_hand_out` and, where nobody waits, `_take_at_once` are the only methods that
+give one and `_release` the only one that takes it back.
 
 Deliberately absent: wall-clock time, providers, and who shares a limit (a `StartLimiter` is passed in).
 """
@@ -22,13 +22,15 @@ from dataclasses import dataclass
 
 from oncewise.core.throttle import Throttle
 from oncewise.errors import Failure, InternalError, OncewiseError, QueueFull, QueueTimeout, ShuttingDown
-from oncewise.ports import CallSlots, StartLimiter
+from oncewise.ports import AtHand, CallSlots, StartLimiter
 
 __all__ = ["Gcra", "LocalLimiter", "Pacer", "PacerStats", "Permit", "Place", "Starts"]
 
 GUARD_SHARE = 0.03
 GUARD_MAX_S = 0.03
 LATE_S = 0.005
+SECOND_S = 1.0 + GUARD_MAX_S
+"""A second as a provider may count it."""
 
 
 class Gcra:
@@ -49,11 +51,15 @@ class Gcra:
         self.slack_s = self.spacing_s * (max(1, min(burst, int(rate))) - 1)
         self._free_at_s = float("-inf")
 
+    def next_s(self, now_s: float) -> float:
+        """When the next start is, in the time of `now_s` and never before it."""
+        return max(now_s, self._free_at_s - self.slack_s)
+
     def reserve(self, now_s: float) -> float:
-        """Book the next start; return when it is, in the time of `now_s` and never before it."""
-        free_at_s = max(now_s, self._free_at_s)
-        self._free_at_s = free_at_s + self.spacing_s
-        return max(now_s, free_at_s - self.slack_s)
+        """Book the next start; return when it is."""
+        start_s = self.next_s(now_s)
+        self._free_at_s = max(now_s, self._free_at_s) + self.spacing_s
+        return start_s
 
     def give_back(self) -> None:
         """Undo the reservation made last."""
@@ -70,27 +76,49 @@ class Starts:
     A burst alone would come on top of the rate in the first second after a pause, and a provider that counts calls by
     the second would refuse as many. Only for that the starts of the latest second are remembered; none of them where
     the guard between starts leaves room enough.
+
+    Attributes:
+        gcra: The spacing of starts.
+        window: How many starts are remembered; 0 for none.
     """
 
     def __init__(self, rate: float, burst: int) -> None:
-        self._gcra = Gcra(rate, burst)
+        self.gcra = Gcra(rate, burst)
         spare = int(rate) - int(rate / (1.0 + GUARD_SHARE))
-        self._latest: deque[float] = deque(maxlen=int(rate) if min(burst, int(rate)) > max(1, spare) else 0)
+        self.window = int(rate) if min(burst, int(rate)) > max(1, spare) else 0
+        self._latest: deque[float] = deque(maxlen=self.window)
+
+    def next_s(self, now_s: float) -> float:
+        """When the next start is, in the time of `now_s` and never before it."""
+        start_s = self.gcra.next_s(now_s)
+        if self.window and len(self._latest) == self.window:
+            return max(start_s, self._latest[0] + SECOND_S)
+        return start_s
 
     def reserve(self, now_s: float) -> float:
-        """Book the next start; return when it is, in the time of `now_s` and never before it."""
-        start_s = self._gcra.reserve(now_s)
-        if self._latest.maxlen:
-            if len(self._latest) == self._latest.maxlen:
-                start_s = max(start_s, self._latest[0] + 1.0 + GUARD_MAX_S)
+        """Book the next start; return when it is."""
+        start_s = self.next_s(now_s)
+        self.gcra.reserve(now_s)
+        if self.window:
             self._latest.append(start_s)
         return start_s
 
+    def take(self, now_s: float) -> bool:
+        """Book a start at `now_s`, if one is free."""
+        is_free = self.next_s(now_s) <= now_s
+        if is_free:
+            self.reserve(now_s)
+        return is_free
+
     def give_back(self) -> None:
         """Undo the reservation made last."""
-        self._gcra.give_back()
+        self.gcra.give_back()
         if self._latest:
             self._latest.pop()
+
+    def pause(self, until_s: float) -> None:
+        """Book no start before that time, and none together at it."""
+        self.gcra.pause(until_s)
 
 
 class LocalLimiter:
@@ -104,6 +132,10 @@ class LocalLimiter:
         """Book the next start; return the seconds until it."""
         now_s = self._clock_s()
         return self._starts.reserve(now_s) - now_s
+
+    def take_now(self) -> bool:
+        """See `AtHand.take_now`."""
+        return self._starts.take(self._clock_s())
 
     async def give_back(self) -> None:
         """Return the reservation made last."""
@@ -190,6 +222,9 @@ class Pacer:
         on_pause: Callable[[float], None] | None = None,
     ) -> None:
         self._limiter = limiter
+        # Who shares a limit with others has to ask them, which takes time; these can tell when it is not so.
+        self._limiter_at_hand: AtHand | None = limiter if isinstance(limiter, AtHand) else None
+        self._slots_at_hand: AtHand | None = slots if isinstance(slots, AtHand) else None
         self._slots = slots
         self._on_pause = on_pause
         self._concurrency = concurrency
@@ -221,6 +256,8 @@ class Pacer:
         return Place(self, tenant, group)
 
     async def _queue(self, place: Place) -> None:
+        if self._take_at_once():
+            return
         turn = self._line_up(place)
         timer = turn.get_loop().call_later(self._max_wait_s, self._give_up, place)
         try:
@@ -234,6 +271,25 @@ class Pacer:
     def _give_up(self, place: Place) -> None:
         left_s = self._not_before_s - asyncio.get_running_loop().time()
         self._end(place, QueueTimeout("No call to the provider could start in time.", retry_after_s=max(1.0, left_s)))
+
+    def _take_at_once(self) -> bool:
+        """Give a permit to somebody who comes when nobody waits and a start is free; False if it is not so.
+
+        Most calls start like this, and the queue would cost them three turns of the event loop.
+        """
+        if self._closing or self._waiting or self._running >= self._concurrency or self._limiter_at_hand is None:
+            return False
+        now_s = asyncio.get_running_loop().time()
+        if self._not_before_s > now_s or self._throttle.share(now_s) < 1.0:
+            return False
+        if self._slots is not None and (self._slots_at_hand is None or not self._slots_at_hand.take_now()):
+            return False
+        if not self._limiter_at_hand.take_now():
+            if self._slots is not None:
+                self._slots.give_back()
+            return False
+        self._running += 1
+        return True
 
     def _line_up(self, place: Place) -> asyncio.Future[None]:
         if self._closing:

@@ -155,7 +155,7 @@ class _Reader:
     def take(self, chunk: Chunk) -> str:
         """Take one chunk; return its text."""
         if isinstance(chunk.get("model"), str):
-            self._model = chunk["model"]
+            self._model = _storable(chunk["model"])
         usage, cost_usd = usage_of(chunk)
         self._usage = usage or self._usage
         self._cost_usd = self._cost_usd if cost_usd is None else cost_usd
@@ -190,7 +190,7 @@ class _Reader:
         finish = choice.get("finish_reason")
         self._finish = finish if isinstance(finish, str) and finish else self._finish
         content = _delta(self._provider, choice).get("content")
-        return _text(self._provider, content).replace("\0", "")  # no database stores NUL, and no reader sees it
+        return _storable(_text(self._provider, content))
 
     def _take_citations(self, chunk: Chunk) -> None:
         for name in ("citations", "search_results"):
@@ -204,6 +204,10 @@ def _delta(provider: str, choice: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(delta, dict):
         raise _malformed(provider)
     return delta
+
+
+def _storable(text: str) -> str:
+    return text.replace("\0", "")  # no database stores NUL, and no reader sees it
 
 
 def _text(provider: str, content: Any) -> str:

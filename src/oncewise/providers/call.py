@@ -9,10 +9,9 @@ Deliberately absent: retries (the flight's), pacing (the pacer's), and the meani
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +106,9 @@ class Call:
             OncewiseError: as the port says.
         """
         try:
-            async with AsyncExitStack() as connection:
-                with self._patience.until(self._token_by_s):
-                    reply = await connection.enter_async_context(transport.post(path, self._encoded(body)))
+            with self._patience.until(self._token_by_s):
+                reply = await transport.post(path, self._encoded(body))
+            with closing(reply):
                 self._answered = True
                 await self._verify(reply)
                 stream = EventStream()
@@ -152,7 +151,7 @@ class Call:
 
     async def _error_body(self, reply: Reply) -> bytes:
         body = b""
-        with contextlib.suppress(TransportError, TimeoutError):
+        with suppress(TransportError, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
                 while piece := await reply.read():
                     body += piece

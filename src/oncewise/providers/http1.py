@@ -36,17 +36,20 @@ class MalformedHttp(TransportError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The head of a response, and its body as it comes.
+    """The head of a response, and its body as it comes. To be closed, by `contextlib.closing` most often.
 
     Attributes:
         headers: Names in lower case; the values of a repeated field are joined by commas.
         read: Gives the next piece of the body, raw and not decompressed, or nothing at its end. Raises
             `ConnectionLost` or `MalformedHttp`, after the pieces that came before.
+        close: Ends the exchange. The connection is kept for the next one if the response has come to its end, else
+            it is closed. Closing again does nothing.
     """
 
     status: int
     headers: Mapping[str, str]
     read: Callable[[], Awaitable[bytes]]
+    close: Callable[[], None]
 
     @property
     def content_type(self) -> str:
@@ -86,8 +89,13 @@ class ClientConnection(asyncio.Protocol):
 
     # -- for the pool --------------------------------------------------------------------------------------------
 
-    async def ask(self, head: bytes, body: bytes) -> Reply:
+    async def ask(self, head: bytes, body: bytes, close: Callable[[], None] = lambda: None) -> Reply:
         """Send a request; return when the head of its response is there.
+
+        Args:
+            head: The request's, with its blank line.
+            body: The request's.
+            close: What the reply is to be closed by.
 
         Raises:
             ConnectionLost, MalformedHttp: there is none. The connection is of no use any more.
@@ -99,7 +107,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport.writelines((head, body))
         while not self._status:
             await self._progress()
-        return Reply(self._status, self._headers, self._read)
+        return Reply(self._status, self._headers, self._read, close)
 
     @property
     def reusable(self) -> bool:

@@ -13,8 +13,9 @@ Deliberately absent: what the bytes mean, when to give up on them, and which sta
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from ipaddress import ip_address
 from typing import Protocol
 from urllib.parse import SplitResult, quote, urlsplit
@@ -56,14 +57,11 @@ class ConnectTimedOut(Unreachable):
 class Transport(Protocol):
     """What an adapter needs of a provider's host."""
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Reply]:
-        """Send one request with a JSON body; never repeats or redirects it.
-
-        Leaving the context closes the connection unless the body was read to its end, in which case it is kept for
-        the next request.
+    async def post(self, path: str, body: bytes) -> Reply:
+        """Send one request with a JSON body, and wait for the head of its response; never repeats or redirects it.
 
         Raises:
-            TransportError: on entry or out of the body.
+            TransportError: there was none. Reading the reply raises it too.
         """
         ...
 
@@ -117,32 +115,34 @@ class HttpTransport:
         self._connect_s = connect_s
         self._keep_s = keep_s
         self._turns = asyncio.Semaphore(connections)
-        self._busy: set[ClientConnection] = set()
+        self._busy: dict[ClientConnection, object] = {}  # and the exchange that it is used for
         self._idle: dict[ClientConnection, float] = {}  # and since when; the longest idle first
         self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Reply]:
-        return self._exchange("POST", path, body)
+    async def post(self, path: str, body: bytes) -> Reply:
+        return await self._ask("POST", path, body)
 
     async def status(self, path: str) -> int:
-        async with self._exchange("GET", path, b"") as reply:
+        with closing(await self._ask("GET", path, b"")) as reply:
             return reply.status
 
-    @asynccontextmanager
-    async def _exchange(self, method: str, path: str, body: bytes) -> AsyncIterator[Reply]:
+    async def _ask(self, method: str, path: str, body: bytes) -> Reply:
         length = f"content-length: {len(body)}\r\n" if body else ""
         head = f"{method} {self._path}/{path} HTTP/1.1\r\n{self._fields}{length}\r\n"
-        await self._turn()
+        connection, exchange = await self._connection(), object()
+        self._busy[connection] = exchange
         try:
-            connection = self._take_idle() or await self._connect()
-            self._busy.add(connection)
-            try:
-                yield await connection.ask(head.encode("ascii"), body)
-            finally:
-                self._busy.discard(connection)
-                self._keep(connection)
-        finally:
+            return await connection.ask(head.encode("ascii"), body, partial(self._end, connection, exchange))
+        except BaseException:
+            self._end(connection, exchange)
+            raise
+
+    def _end(self, connection: ClientConnection, exchange: object) -> None:
+        # Closed a second time, a reply must not end the exchange that follows its own on the same connection.
+        if self._busy.get(connection) is exchange:
+            del self._busy[connection]
+            self._keep(connection)
             self._turns.release()
 
     async def aclose(self) -> None:
@@ -152,6 +152,15 @@ class HttpTransport:
         for connection in (*self._busy, *self._idle):
             connection.abort()
         await asyncio.sleep(0)  # the event loop closes sockets in its next round
+
+    async def _connection(self) -> ClientConnection:
+        """A connection for one exchange, idle or new."""
+        await self._turn()
+        try:
+            return self._take_idle() or await self._connect()
+        except BaseException:
+            self._turns.release()
+            raise
 
     async def _turn(self) -> None:
         if not self._turns.locked():

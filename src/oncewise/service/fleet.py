@@ -4,7 +4,7 @@ A worker that follows work of another says so to its leader, and says it again e
 whether it wants the text. The leader counts it among those who wait, so that nobody's leaving ends what another needs,
 and tells the relay the log for as long as somebody wants it. Interest that is not said again lapses. So a lost word,
 an emptied server or a dead worker leaves nothing wrong for longer than a few seconds, and nobody keeps lists that must
-survive.
+survive. While nothing can be said at all nothing lapses.
 
 Nothing here decides. Rows say who leads a turn and how it ended; a worker that is told nothing looks at the row.
 
@@ -278,14 +278,21 @@ class Fleet:
         interest = leading.interests.setdefault(signal.sender, _Interest())
         if interest.timer is not None:
             interest.timer.cancel()
-        loop = asyncio.get_running_loop()
-        interest.timer = loop.call_later(LAPSE_S, self._left, signal)
+        interest.timer = asyncio.get_running_loop().call_later(LAPSE_S, self._lapse, signal, interest)
         interest.text = bool(signal.data.get("text"))
-        if signal.data.get("holds") and interest.waiter is None:
-            with suppress(OncewiseError):
-                interest.waiter = leading.work.board()
+        self._count(leading, interest, holds=bool(signal.data.get("holds")))
         if interest.text and self._outbox is not None:
             self.errands.run(self._publish(signal.name, leading))
+
+    @staticmethod
+    def _count(leading: _Leading, interest: _Interest, *, holds: bool) -> None:
+        if holds and interest.waiter is None:
+            with suppress(OncewiseError):
+                interest.waiter = leading.work.board()
+        elif not holds and interest.waiter is not None:
+            # That it let go was said as well, and may have been lost.
+            interest.waiter.leave()
+            interest.waiter = None
 
     async def _publish(self, name: str, leading: _Leading) -> None:
         log = await leading.work.watch()
@@ -303,6 +310,13 @@ class Fleet:
             interest.waiter = None
         if signal.data.get("withdrawn") and leading.work.requesters == 0:
             leading.work.stop(TurnCancelled().failure())
+
+    def _lapse(self, signal: Signal, interest: _Interest) -> None:
+        if self.prompt:
+            self._left(signal)
+        else:
+            # Nobody can say anything now. Whoever is still interested says so when that is over.
+            interest.timer = asyncio.get_running_loop().call_later(LAPSE_S, self._lapse, signal, interest)
 
     def _left(self, signal: Signal) -> None:
         leading = self._led.get(signal.name)

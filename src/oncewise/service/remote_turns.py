@@ -81,7 +81,10 @@ class RemoteTurn:
             StorageUnavailable: it could not be read.
         """
         if self._task.done():
-            return self.row
+            # Nobody looks any more; whoever still asks in a loop must not spin.
+            await asyncio.sleep(POLL_S[1])
+            row = self.row
+            return await self._desk.ledger.turn(row.org_id, row.thread_id, row.id)
         future: asyncio.Future[StoredTurn] = asyncio.get_running_loop().create_future()
         self._news[future] = None
         try:

@@ -104,6 +104,7 @@ class TurnRun:
         viewed: Whose log shows the turn: this run's, or that of what it follows here or in another worker.
         place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
+        name: What other workers call the turn while this run leads it.
         flight: The flight this is the work of, once it has begun.
     """
 
@@ -114,6 +115,7 @@ class TurnRun:
         self.log: StreamLog | None = None
         self.viewed: TurnRun | RemoteTurn = self
         self.ended = asyncio.Event()
+        self.name = ""
         self.place = 0
         self.flight: Flight[TurnResult] | None = None
         self._desk = desk
@@ -938,7 +940,8 @@ class Turns:
     def enter(self, claim: TurnClaim, run: TurnRun) -> None:
         """A run leads a turn from now on."""
         self._runs[claim.org_id, claim.turn_id] = run
-        self.fleet.lead(turn_name(self.fleet, claim.org_id, claim.turn_id), run)
+        run.name = turn_name(self.fleet, claim.org_id, claim.turn_id)
+        self.fleet.lead(run.name, run)
 
     async def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
         """Stop the turn that runs before the claimed one. Those that wait between them keep their places."""
@@ -957,7 +960,7 @@ class Turns:
         """A run leads its turn no more; whoever waits behind it looks again."""
         run = self._runs.pop((claim.org_id, claim.turn_id), None)
         if run is not None:
-            self.fleet.ended(turn_name(self.fleet, claim.org_id, claim.turn_id), run)
+            self.fleet.ended(run.name, run)
         self._open_gates(claim.org_id, claim.thread_id)
 
     def _open_gates(self, org_id: str, thread_id: str) -> None:

@@ -1,22 +1,23 @@
 """One rate and one number of running calls per provider, for workers that share nothing but a database.
 
-The rate is one row with one number of state, the generic cell rate algorithm as in `oncewise.core.pacing`, by the
-clock of the database. A call costs one short transaction for its start and two for its slot; so this is what remains
-where there is no Redis, or while it is away.
+The rate is one row, the state of the generic cell rate algorithm and the latest starts as in `oncewise.core.pacing`, by
+the clock of the database. A call costs one short transaction for its start and two for its slot; so this is what
+remains where there is no Redis, or while it is away.
 
 Deliberately absent: fairness between workers that wait for a slot. They look again ten times a second.
 """
 
 import asyncio
+import json
 from collections.abc import Callable
 from contextvars import Context
 from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from oncewise.core.pacing import Gcra
+from oncewise.core.pacing import SECOND_S, Starts
 from oncewise.errors import CoordinationUnavailable, StorageFull, StorageUnavailable
 from oncewise.storage.database import Database, DatabaseClock, database_time_s, insert_missing
 from oncewise.storage.tables import call_slots, paces
@@ -31,10 +32,10 @@ POLL_S = 0.1
 _PROVIDER = sa.bindparam("of_provider", type_=sa.Text)
 _NOW = sa.bindparam("now_s", type_=sa.Double)
 
-_PACE = sa.select(paces.c.free_at_s).where(paces.c.provider == _PROVIDER)
+_PACE = sa.select(paces.c.free_at_s, paces.c.latest).where(paces.c.provider == _PROVIDER)
 _LOCKED = _PACE.with_for_update()
-_SET = sa.update(paces).where(paces.c.provider == _PROVIDER).values(free_at_s=sa.bindparam("free_s"))
-_RESET = _SET.where(paces.c.free_at_s == sa.bindparam("booked_s", type_=sa.Double))
+_PAUSE = sa.update(paces).where(paces.c.provider == _PROVIDER).values(free_at_s=sa.bindparam("free_s"))
+_BOOK = _PAUSE.values(latest=sa.bindparam("starts"))
 
 _LAPSE = sa.delete(call_slots).where(call_slots.c.provider == _PROVIDER, call_slots.c.until_s <= _NOW)
 _TAKEN = sa.select(sa.func.count()).select_from(call_slots).where(call_slots.c.provider == _PROVIDER)
@@ -51,11 +52,10 @@ async def _written(database: Database, work: Callable[[sa.Connection], Result]) 
         raise CoordinationUnavailable from error
 
 
-def _locked(conn: sa.Connection, provider: str) -> float:
+def _locked(conn: sa.Connection, provider: str) -> Any:
     """The state of a provider's pace, which nobody else changes until the transaction ends."""
-    insert_missing(conn, paces, provider=provider, free_at_s=0.0)
-    free_s: float = conn.execute(_LOCKED, {"of_provider": provider}).scalar_one()
-    return free_s
+    insert_missing(conn, paces, provider=provider, free_at_s=0.0, latest="[]")
+    return conn.execute(_LOCKED, {"of_provider": provider}).one()
 
 
 class SqlLimiter:
@@ -64,9 +64,12 @@ class SqlLimiter:
     def __init__(
         self, database: Database, provider: str, *, rate: float, burst: int, clock: DatabaseClock = database_time_s
     ) -> None:
+        starts = Starts(rate, burst)
         self._database = database
         self._provider = provider
-        self._gcra = Gcra(rate, burst)
+        self._spacing_s = starts.gcra.spacing_s
+        self._slack_s = starts.gcra.slack_s
+        self._window = starts.window
         self._clock = clock
         self._booked_s = 0.0
 
@@ -76,26 +79,39 @@ class SqlLimiter:
         return delay_s
 
     def _reserve(self, conn: sa.Connection) -> tuple[float, float]:
-        free_s = _locked(conn, self._provider)
+        pace = _locked(conn, self._provider)
         now_s = self._clock(conn)
-        free_s = max(now_s, free_s)
-        booked_s = free_s + self._gcra.spacing_s
-        conn.execute(_SET, {"of_provider": self._provider, "free_s": booked_s})
-        return max(0.0, free_s - self._gcra.slack_s - now_s), booked_s
+        free_s = max(now_s, pace.free_at_s)
+        booked_s = free_s + self._spacing_s
+        start_s = max(now_s, free_s - self._slack_s)
+        latest: list[float] = json.loads(pace.latest)[-self._window :] if self._window else []
+        if self._window:
+            if len(latest) == self._window:
+                start_s = max(start_s, latest.pop(0) + SECOND_S)
+            latest.append(start_s)
+        self._book(conn, booked_s, latest)
+        return start_s - now_s, booked_s
+
+    def _book(self, conn: sa.Connection, free_s: float, latest: list[float]) -> None:
+        values = {"of_provider": self._provider, "free_s": free_s, "starts": json.dumps(latest)}
+        conn.execute(_BOOK, values)
 
     async def give_back(self) -> None:
         """See `StartLimiter.give_back`."""
-        booked_s = self._booked_s
-        values = {"of_provider": self._provider, "booked_s": booked_s, "free_s": booked_s - self._gcra.spacing_s}
-        await _written(self._database, lambda conn: conn.execute(_RESET, values).close())
+        await _written(self._database, self._give_back)
+
+    def _give_back(self, conn: sa.Connection) -> None:
+        pace = _locked(conn, self._provider)
+        if pace.free_at_s == self._booked_s:
+            self._book(conn, self._booked_s - self._spacing_s, json.loads(pace.latest)[:-1])
 
     async def pause(self, for_s: float) -> None:
         """See `SharedLimiter.pause`."""
 
         def pause(conn: sa.Connection) -> None:
-            free_s = _locked(conn, self._provider)
-            until_s = self._clock(conn) + for_s + self._gcra.slack_s
-            conn.execute(_SET, {"of_provider": self._provider, "free_s": max(free_s, until_s)})
+            free_s = _locked(conn, self._provider).free_at_s
+            until_s = self._clock(conn) + for_s + self._slack_s
+            conn.execute(_PAUSE, {"of_provider": self._provider, "free_s": max(free_s, until_s)})
 
         await _written(self._database, pause)
 

@@ -15,6 +15,7 @@ versions that start together must not migrate under each other).
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
@@ -401,7 +402,8 @@ class PostgresDatabase:
 
     async def start(self, *, visit: bool) -> None:
         """See that the database can be used, and give the sign of life unless this is a short visit."""
-        # All connections at once: in the first burst of requests a busy loop could miss the time they are given.
+        await self.read(_require_usable)
+        # All connections now: in the first burst of requests a busy loop could miss the time they are given.
         await asyncio.gather(*(self.read(_require_usable) for _ in range(self._limits.connections)))
         if not self._pooled and not visit:
             sign = SignOfLife(lambda: _connect(self._url, self._limits, idle_session_timeout="0"), self._owner)
@@ -535,8 +537,14 @@ def _reason(error: BaseException) -> str:
     driver_error = _driver_error(error)
     if isinstance(driver_error, asyncpg.PostgresError):
         return _REASONS.get((driver_error.sqlstate or "")[:2], "PostgreSQL refused the connection.")
-    if isinstance(driver_error, ValueError):
-        return "The database URL is not one of PostgreSQL: postgresql://USER:PASSWORD@HOST:PORT/DATABASE."
+    if isinstance(driver_error, (ValueError, FileNotFoundError)):
+        return (
+            "The database URL cannot be used: it must be postgresql://USER:PASSWORD@HOST:PORT/DATABASE, and the files "
+            "that it needs (with sslmode=verify-full: sslrootcert) must be there."
+        )
+    # Not a subclass: asyncpg's own, for a server that has no TLS. What the system raises is one.
+    if isinstance(driver_error, ssl.SSLError) or type(driver_error) is ConnectionError:
+        return "PostgreSQL answers, but not with the TLS that the database URL asks for."
     return "PostgreSQL does not answer at the address in the database URL."
 
 

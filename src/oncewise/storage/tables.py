@@ -263,6 +263,8 @@ paces = sa.Table(
     sa.Column("provider", sa.Text, primary_key=True),
     # When the bucket of starts is full again.
     sa.Column("free_at_s", sa.Double, nullable=False),
+    # The latest starts, newest last, where so many may not come within a second: numbers in JSON.
+    _text("latest"),
 )
 
 call_slots = sa.Table(

@@ -13,15 +13,17 @@ from oncewise.coordination.memory import World
 from oncewise.coordination.redis import open_redis
 from oncewise.ports import CallSlots, Coordination, SharedLimiter
 from oncewise.storage.pacing import SqlCallSlots, SqlLimiter
+from oncewise.storage.postgres import open_postgres
 from oncewise.storage.signals import SqlSignals
 from oncewise.storage.sqlite import open_sqlite
 from oncewise.storage.tables import call_slots, paces, signals
+from tests.support.postgres import fresh_database
 from tests.support.redis_server import SERVERS, RedisServer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" in metafunc.fixturenames:
-        databases = ["sqlite"] if getattr(metafunc.module, "ON_DATABASES_TOO", False) else []
+        databases = ["sqlite", "postgresql"] if getattr(metafunc.module, "ON_DATABASES_TOO", False) else []
         metafunc.parametrize("backend", ["memory", *SERVERS, *databases], indirect=True, scope="package")
 
 
@@ -37,7 +39,7 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 class OnDatabase:
-    """What one worker has of a database file."""
+    """What one worker has of a database."""
 
     def __init__(self, database: Any, address: str, others: Callable[[], Awaitable[int]]) -> None:
         self.signals = SqlSignals(database, address, others=others, poll_s=0.02)
@@ -67,7 +69,8 @@ class Fleet:
         self._opened = opened
         self._deployment = uuid4().hex
         self._world = World()
-        self._files: list[Any] = []
+        self._databases: list[Any] = []
+        self._url: str | None = None
 
     async def worker(self) -> Coordination | Any:
         address = uuid4().hex
@@ -76,13 +79,17 @@ class Fleet:
         elif self.backend == "memory":
             worker = self._world.worker(address)
         else:
-            worker = await self._on_file(address)
+            worker = await self._on_database(address)
         self._opened.push_async_callback(worker.aclose)
         return worker
 
-    async def _on_file(self, address: str) -> OnDatabase:
-        database = await open_sqlite(str(self._folder / "ow.db"), owner=address)
-        self._files.append(database)
+    async def _on_database(self, address: str) -> OnDatabase:
+        if self.backend == "sqlite":
+            database: Any = await open_sqlite(str(self._folder / "ow.db"), owner=address)
+        else:
+            self._url = self._url or await self._opened.enter_async_context(fresh_database())
+            database = await open_postgres(self._url, owner=address)
+        self._databases.append(database)
         worker = OnDatabase(database, address, database.neighbours)
         await worker.signals.begin()
         return worker
@@ -95,7 +102,7 @@ class Fleet:
             self._world.flush()
         else:
             for table in (paces, call_slots, signals):
-                await self._files[0].write(lambda conn, table=table: conn.execute(sa.delete(table)).close())
+                await self._databases[0].write(lambda conn, table=table: conn.execute(sa.delete(table)).close())
 
 
 @pytest.fixture

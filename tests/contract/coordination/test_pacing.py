@@ -55,6 +55,16 @@ async def test_a_burst_may_come_together_after_a_pause(fleet):
     assert [time < 0.15 for time in times] == [True, True, True, False, False]
 
 
+async def test_no_second_has_more_starts_than_the_rate(fleet):
+    """A burst does not come on top of it, whichever worker had it; a provider that counts by the second refuses."""
+    limiters = [(await fleet.worker()).limiter("p", rate=4.0, burst=3) for _ in range(2)]
+
+    times = await booked(limiters, 12)
+
+    assert [time < 0.15 for time in times[:4]] == [True, True, True, False]
+    assert min(times[place + 4] - times[place] for place in range(8)) > 1.0 - 0.05
+
+
 async def test_providers_have_rates_of_their_own(fleet):
     """One that is busy holds nobody else up."""
     worker = await fleet.worker()

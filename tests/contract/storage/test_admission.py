@@ -87,6 +87,16 @@ async def test_force_new_queues_behind_its_running_twin(storage: Storage, thread
     assert (admission.position, admission.claim.idx) == (1, 2)
 
 
+async def test_of_two_open_twins_the_first_is_followed(storage: Storage, thread: str):
+    """It will have its answer sooner."""
+    first = await storage.lead(thread)
+    await storage.lead(thread, force_new=True)
+    admission = await storage.admit(thread)
+
+    assert isinstance(admission, Follow)
+    assert admission.turn.id == first.turn_id
+
+
 # -- rule 1: Idempotency-Key -------------------------------------------------------------------------------------
 
 

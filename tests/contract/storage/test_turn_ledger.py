@@ -83,6 +83,15 @@ async def test_sequences_have_no_gaps_across_turns_that_stored_nothing(storage: 
     assert [message.content for message in messages] == ["a", "to a", "c", "par", "d", "to d"]
 
 
+async def test_the_largest_figures_there_are_can_be_stored(storage: Storage, thread: str):
+    """A provider's mistake must not cost the answer."""
+    usage = Usage(2**30 - 1, 2**30 - 1)
+    turn = await storage.ledger.commit(await storage.lead(thread), answer(usage=usage, cost_usd=1e300))
+
+    assert turn is not None
+    assert turn.usage == usage
+
+
 # -- end ---------------------------------------------------------------------------------------------------------
 
 
@@ -251,6 +260,7 @@ async def test_sweep_interrupts_lapsed_turns_and_keeps_their_text(storage: Stora
     assert states == [TurnState.INTERRUPTED, TurnState.INTERRUPTED, TurnState.PENDING]
     turn = await storage.read(spoken)
     assert (turn.failure_code, turn.failure_retryable, turn.partial_seq) == ("leader_lost", True, 2)
+    assert turn.epoch == 2, "a viewer may have been shown more than was stored"
     assert [message.content for message in (await storage.threads.get(storage.org, other)).messages] == [
         "spoken",
         "half",

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from oncewise.cli import checks
@@ -67,6 +68,22 @@ def test_several_workers_need_something_between_them() -> None:
     for settings in (Settings(workers=2), Settings(workers=2, redis_url="redis://localhost")):
         (finding,) = checks.workers(settings)
         assert finding.state is State.OK
+
+
+def test_several_workers_with_nothing_between_them_are_wrong() -> None:
+    """Neither a URL nor the extra: each of the three ways out is named."""
+    (finding,) = checks.workers(Settings(workers=2), find=lambda: None)
+    assert finding.state is State.WRONG
+    for way in ("ONCEWISE_REDIS_URL", "oncewise[local]", "--workers 1"):
+        assert way in finding.mend
+
+
+def test_drivers_that_are_not_installed_are_wrong_if_they_are_needed() -> None:
+    """With the extra that has both."""
+    elsewhere = {"ONCEWISE_DATABASE_URL": "postgresql://h/d", "ONCEWISE_REDIS_URL": "redis://h"}
+    missing = wrong(list(checks.program(load_settings(environ=elsewhere), is_installed=lambda _: False)))
+    assert [finding.mend for finding in missing] == ["pip install 'oncewise[cluster]'"] * 2
+    assert wrong(list(checks.program(load_settings(environ={}), is_installed=lambda _: False))) == []
 
 
 def test_a_taken_port_is_a_note() -> None:
@@ -131,7 +148,33 @@ async def test_an_open_address_without_a_key_is_wrong(tmp_path: Path) -> None:
 
 def test_the_kind_of_a_file_system_is_that_of_the_nearest_mount() -> None:
     """As the kernel tells it."""
-    assert checks._file_system(Path("/proc/self")) == "proc"
+    assert checks._file_system(Path("/proc/self"), Path("/proc/mounts")) == "proc"
+
+
+def test_a_file_on_another_machine_or_a_full_disk_is_told(tmp_path: Path) -> None:
+    """Locks do not work there; and what is left here is little. Where the kernel tells nothing, nothing is wrong."""
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\nnas:/data {tmp_path} nfs4 rw 0 0\n")
+    remote, full = checks._place(at(tmp_path / "sub"), mounts, free_bytes=100 * 2**20)
+    assert (remote.state, remote.mend) == (State.WRONG, "a local disk, or PostgreSQL")
+    assert "nfs4" in remote.said
+    assert (full.state, full.mend) == (State.NOTE, "make room")
+    assert "100 MiB" in full.said
+    assert list(checks._place(at(tmp_path), tmp_path / "missing", free_bytes=2**40)) == []
+
+
+def test_slow_writes_slow_streams_and_other_clocks_are_notes() -> None:
+    """With what mends them; quick and equal ones are well."""
+    for slow, quick in (
+        (checks._written(0.2), checks._written(0.02)),
+        (checks._streamed(0.05), checks._streamed(0.002)),
+        (checks._skew("redis", 110.0, 100.0), checks._skew("redis", 100.5, 100.0)),
+        (checks._skew("database", 90.0, 100.0), checks._skew("database", 99.5, 100.0)),
+    ):
+        assert (slow.state, bool(slow.mend)) == (State.NOTE, True)
+        assert (quick.state, quick.mend) == (State.OK, "")
+    assert "10.0 s ahead of" in checks._skew("redis", 110.0, 100.0).said
+    assert "10.0 s behind" in checks._skew("redis", 90.0, 100.0).said
 
 
 async def test_postgres_is_looked_at_without_being_upgraded() -> None:
@@ -144,6 +187,27 @@ async def test_postgres_is_looked_at_without_being_upgraded() -> None:
         assert wrong(findings) == []
         assert "PostgreSQL 1" in said(findings)
         assert "a write takes" in said(findings)
+
+
+async def test_a_postgres_with_too_few_connections_is_told_before_a_server_meets_it() -> None:
+    """More than it has is wrong; more than are free now is a note, for they may be this server's own."""
+    async with fresh_database() as url, asyncpg.create_pool(url, min_size=1):
+        for connections, workers, state in ((5, 1, State.OK), (97, 2, State.NOTE), (100, 2, State.WRONG)):
+            settings = Settings(database_url=url, database_connections=connections, workers=workers)
+            (finding,) = (each for each in await found(checks.database(settings)) if "connections" in each.said)
+            assert finding.state is state
+            assert f"up to {workers * (connections + 1)} connections" in finding.said
+            assert bool(finding.mend) == (state is not State.OK)
+        pooled = Settings(database_url=url, database_transaction_pooling=True)
+        assert "connections" not in said(await found(checks.database(pooled)))
+
+
+async def test_a_postgres_that_may_forget_is_a_note_with_what_mends_it() -> None:
+    """The tests' own runs without waiting for its disk."""
+    async with fresh_database() as url:
+        findings = await found(checks.database(Settings(database_url=url)))
+    (finding,) = (each for each in findings if "fsync = off" in each.said)
+    assert (finding.state, finding.mend) == (State.NOTE, "set it to on in postgresql.conf, and reload PostgreSQL")
 
 
 async def test_a_postgres_that_is_not_there_is_wrong_and_its_password_is_not_shown() -> None:
@@ -176,6 +240,12 @@ async def test_a_good_server_runs_scripts_and_streams_and_keeps_nothing(server: 
         assert words in said(findings)
     assert server.ask("DBSIZE") == ":0\r\n"
     assert await redis(None) == []
+
+
+async def test_servers_on_one_database_are_told_to_share_a_redis() -> None:
+    """It works without, a second late."""
+    (finding,) = await found(checks.redis(Settings(database_url="postgresql://h/d")))
+    assert (finding.state, "ONCEWISE_REDIS_URL" in finding.mend) == (State.NOTE, True)
 
 
 async def test_a_server_that_drops_any_key_is_a_note(server: RedisServer) -> None:
@@ -240,6 +310,15 @@ async def answering(status: str) -> AsyncIterator[str]:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+def test_answers_that_are_made_up_are_a_note() -> None:
+    """By setting, or for want of a key."""
+    (by_setting,) = checks.demo(Settings(demo=True))
+    (for_want,) = checks.demo(Settings())
+    assert "ONCEWISE_DEMO" in by_setting.mend
+    assert "OPENAI_API_KEY" in for_want.mend
+    assert list(checks.demo(Settings(providers={"openai": openai("http://127.0.0.1:9/v1")}))) == []
 
 
 async def test_a_provider_is_asked_for_its_models_and_for_nothing_that_costs() -> None:

@@ -323,9 +323,12 @@ def test_config_shows_values_and_origins_but_no_secret(tmp_path: Path) -> None:
 def test_the_schema_of_a_database_can_be_seen_and_made(tmp_path: Path) -> None:
     """`db current` makes nothing, `db upgrade` makes what is missing, whatever characters the path has."""
     database = tmp_path / "sub dir #é" / "o.db"
-    assert "no database yet" in run("db", "current", "--database", f"sqlite:///{database}").stdout
+    missing = run("db", "current", "--check", "--database", f"sqlite:///{database}")
+    assert "no database yet" in missing.stdout
+    assert missing.returncode == 1
     assert not database.parent.exists()
     upgraded = run("db", "upgrade", "--database", f"sqlite:///{database}")
     assert re.match(r"(\d{4}); this version's schema is \1$", upgraded.stdout)
-    assert run("db", "current", "--database", f"sqlite:///{database}").stdout == upgraded.stdout
+    checked = run("db", "current", "--check", "--database", f"sqlite:///{database}")
+    assert (checked.stdout, checked.returncode) == (upgraded.stdout, 0)
     assert {path.name for path in database.parent.iterdir()} == {"o.db", "o.db.owners"}

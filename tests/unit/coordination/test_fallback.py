@@ -118,3 +118,32 @@ async def test_slots_are_given_back_where_they_were_taken() -> None:
     slots.give_back()
     slots.give_back()
     await asyncio.wait_for(taking, 5.0)
+
+
+@virtual_time
+async def test_what_nobody_else_shares_is_had_at_once() -> None:
+    """With nobody to ask a start or a slot needs no wait; with somebody it does, whether or not one is free."""
+    ways = Ways()
+    limiter, slots = ways.limiter(1), ways.slots(1)
+    assert (limiter.take_now(), slots.take_now()) == (False, False)
+    ways.known = 0
+    assert [limiter.take_now() for _ in range(2)] == [True, False], "one a second"
+    assert await limiter.reserve() == pytest.approx(SPACING_S)
+    assert [slots.take_now() for _ in range(2)] == [True, True], "the pacer counts its own"
+
+
+@virtual_time
+async def test_a_slot_had_at_once_is_given_back_to_nobody() -> None:
+    """Whoever shares the limit by then has lent none."""
+    ways = Ways()
+    slots = ways.slots(1)
+    ways.known = 0
+    assert slots.take_now()
+    ways.known = 2
+    await slots.take()
+    slots.give_back()
+    late = asyncio.create_task(ways.slots(2).take())
+    await asyncio.sleep(5)
+    assert not late.done()
+    slots.give_back()
+    await late

@@ -87,3 +87,12 @@ def test_figures_are_read_by_the_names_that_providers_give_them(
     assert usage == Usage(100, 7)
     assert (usage.cached_tokens, usage.cache_write_tokens) == (cached, written)
     assert cost == (None if cost_usd is None else pytest.approx(cost_usd))
+
+
+@pytest.mark.parametrize("tokens", [-1, True, "7", 2**30, 2**62])
+def test_figures_that_cannot_be_are_none(tokens: Any) -> None:
+    """Nor could they be stored, and the answer with them."""
+    for name in ("prompt_tokens", "completion_tokens"):
+        assert usage_of({"usage": {"prompt_tokens": 1, "completion_tokens": 1, name: tokens}}) == (None, None)
+    most = {"prompt_tokens": 2**30 - 1, "completion_tokens": 2**30 - 1}
+    assert usage_of({"usage": most})[0] == Usage(2**30 - 1, 2**30 - 1)

@@ -220,9 +220,9 @@ async def test_a_pause_may_become_longer_while_it_is_waited_for() -> None:
 async def test_tenants_take_turns() -> None:
     """One that queued a hundred does not keep the others waiting; within a tenant it is first come, first served."""
     calls = Calls(pacer(), lasts_s=0.0)
-    tasks = calls.begin(*["a"] * 6, *["b"] * 2, *["c"] * 3)
+    tasks = calls.begin("x", *["a"] * 6, *["b"] * 2, *["c"] * 3)
     await asyncio.gather(*tasks)
-    assert calls.order == "abcabcacaaa"
+    assert calls.order == "xabcabcacaaa", "the first found nobody waiting"
     waits = [task.result() for task in tasks[:6]]
     assert waits == sorted(waits)
 
@@ -362,15 +362,15 @@ async def test_whoever_waits_for_a_group_can_be_turned_away() -> None:
         async with line.permit(tenant, group):
             order.append(tenant + group)
 
-    tasks = [asyncio.create_task(make(*each)) for each in ("a1", "a2", "b2", "a1", "b1")]
+    tasks = [asyncio.create_task(make(*each)) for each in ("x1", "a1", "a2", "b2", "a1", "b1")]
     await turns(5)
     line.turn_away("2", StorageUnavailable(retry_after_s=9.0).failure())
     await turns(2)
-    assert [type(task.exception()) for task in tasks[1:3]] == [StorageUnavailable] * 2
-    assert tasks[1].exception() is not tasks[2].exception()
-    await asyncio.gather(tasks[0], *tasks[3:])
-    assert order == ["a1", "b1", "a1"]
-    assert virtual_loop().time() == pytest.approx(2 * SPACING_S)
+    assert [type(task.exception()) for task in tasks[2:4]] == [StorageUnavailable] * 2
+    assert tasks[2].exception() is not tasks[3].exception()
+    await asyncio.gather(*tasks[:2], *tasks[4:])
+    assert order == ["x1", "a1", "b1", "a1"]
+    assert virtual_loop().time() == pytest.approx(3 * SPACING_S)
     assert line.stats() == IDLE
 
 
@@ -413,9 +413,10 @@ async def test_a_permit_given_to_the_last_caller_as_it_leaves_is_free_again() ->
 @virtual_time
 async def test_a_permit_that_nobody_is_left_to_take_does_not_stop_the_line() -> None:
     """It was handed on to one who leaves as well, while the next start waited for a place."""
-    line = pacer(10_000.0, concurrency=1)
+    line = pacer(10_000.0, burst=10, concurrency=1)
     calls = Calls(line)
-    first, second, third = calls.begin("a", "b", "c")
+    before, first, second, third = calls.begin("x", "a", "b", "c")
+    await before
     while not line.stats().running:
         await turns()
     first.cancel()
@@ -425,7 +426,7 @@ async def test_a_permit_that_nobody_is_left_to_take_does_not_stop_the_line() -> 
     await asyncio.wait([first, second, third])
     async with asyncio.timeout(1.0):
         await calls.make("d")
-    assert (calls.order, line.stats()) == ("d", IDLE)
+    assert (calls.order, line.stats()) == ("xd", IDLE)
 
 
 @virtual_time
@@ -715,3 +716,119 @@ async def test_a_pacer_that_closes_while_it_waits_for_a_slot_has_taken_none() ->
     await sharing.call(0)
     assert sharing.world.slots["p"] == set()
     await sharing.aclose()
+
+
+# -- without the queue -------------------------------------------------------------------------------------------
+
+
+@virtual_time
+async def test_nobody_queues_before_whom_nobody_waits() -> None:
+    """A burst is started where it asks, without a turn of the event loop; the one after it has to wait."""
+    line = pacer(10.0, burst=3)
+    permits = []
+    for _ in range(3):
+        entering = line.permit("acme").__aenter__()
+        with pytest.raises(StopIteration) as done:
+            entering.send(None)
+        permits.append(done.value.value)
+    assert [permit.queue_wait_s for permit in permits] == [0.0] * 3
+    assert line.stats().running == 3
+    started_s = virtual_loop().time()
+    async with line.permit("acme"):
+        assert virtual_loop().time() > started_s + 0.09
+
+
+@virtual_time
+async def test_nobody_passes_those_who_wait() -> None:
+    """Neither when a start is free for a moment before it is handed out, nor when a permit is."""
+    calls = Calls(pacer(100.0, burst=100, concurrency=1), lasts_s=1.0)
+    tasks = calls.begin("a", "b")
+    await asyncio.sleep(1.0)
+    tasks += calls.begin("c")
+    await asyncio.gather(*tasks)
+    assert calls.order == "abc"
+
+
+@virtual_time
+@pytest.mark.parametrize("held", ["pause", "throttle", "concurrency", "closing"])
+async def test_a_free_start_is_not_taken_at_once_while(held: str) -> None:
+    """What holds the queue holds the first of it too."""
+    line = pacer(1.0, concurrency=0 if held == "concurrency" else 9)
+    if held == "pause":
+        line.pause(5.0)
+    elif held == "throttle":
+        line.slow_down(0.0, 0.0)
+    elif held == "closing":
+        await line.aclose()
+    entering = asyncio.create_task(line.permit("acme").__aenter__())
+    await turns(1)
+    assert line.stats().running == 0
+    await line.aclose()
+    with pytest.raises(ShuttingDown):
+        await entering
+
+
+@virtual_time
+async def test_a_limit_that_others_share_is_always_asked() -> None:
+    """They may have used what looks free from here."""
+
+    class Elsewhere:
+        asked = 0
+
+        async def reserve(self) -> float:
+            self.asked += 1
+            return 0.0
+
+        async def give_back(self) -> None:
+            raise AssertionError
+
+    limiter = Elsewhere()
+    async with Pacer(limiter, concurrency=1).permit("acme"):
+        assert limiter.asked == 1
+
+
+@virtual_time
+async def test_a_number_of_calls_that_others_share_is_always_asked() -> None:
+    """They may run as many as there may be."""
+    slots = Slots()
+    async with pacer(slots=slots).permit("acme"):
+        assert (slots.held, slots.asked) == (1, 1)
+    assert slots.held == 0
+
+
+class Slots:
+    """Counts."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self.asked = 0
+
+    async def take(self) -> None:
+        self.asked += 1
+        self.held += 1
+
+    def give_back(self) -> None:
+        self.held -= 1
+
+
+class SlotsAtHand(Slots):
+    """Counts, and knows that nobody else does."""
+
+    def take_now(self) -> bool:
+        self.held += 1
+        return True
+
+
+@virtual_time
+async def test_a_slot_at_hand_is_given_back_where_no_start_is_free() -> None:
+    """The second call has one when its start comes, and not before."""
+    slots = SlotsAtHand()
+    line = pacer(slots=slots)
+    calls = Calls(line, lasts_s=10.0)
+    tasks = calls.begin("a", "b")
+    await turns(1)
+    assert (slots.held, slots.asked) == (1, 0)
+    await asyncio.sleep(5.0)
+    assert (slots.held, slots.asked) == (2, 1)
+    await asyncio.gather(*tasks)
+    assert slots.held == 0

@@ -33,8 +33,12 @@ def chunk(content: Any = None, finish: Any = None, **fields: Any) -> str:
 async def answer(body: str | bytes | list[bytes], quirks: Quirks = PLAIN, **head: Any) -> tuple[str, Completion]:
     """Text and completion of an answer with this body."""
     pieces = body if isinstance(body, list) else [body.encode() if isinstance(body, str) else body]
-    provider = OpenAICompatibleProvider("acme", ScriptedTransport(pieces, **head), quirks=quirks)
-    events = [event async for event in provider.stream(REQUEST)]
+    transport = ScriptedTransport(pieces, **head)
+    provider = OpenAICompatibleProvider("acme", transport, quirks=quirks)
+    try:
+        events = [event async for event in provider.stream(REQUEST)]
+    finally:
+        assert transport.open == 0, "the connection is given back, however the answer ended"
     assert all(isinstance(event, TextDelta) and event.text for event in events[:-1])
     assert isinstance(events[-1], Completion)
     return "".join(event.text for event in events[:-1]), events[-1]
@@ -289,6 +293,7 @@ async def test_text_keeps_everything_but_nul() -> None:
     assert (await answer(chunk("a\0b\u2028é🙂\u200d\r\n") + chunk("\0") + chunk(None, "stop")))[
         0
     ] == "ab\u2028é🙂\u200d\r\n"
+    assert (await answer(chunk("a", "stop", model="m\0-1")))[1].model == "m-1"
 
 
 @pytest.mark.parametrize("seed", [1 << 70])

@@ -6,7 +6,7 @@ import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from typing import Any
 
 import pytest
@@ -119,7 +119,7 @@ async def pool(url: str, *, connections: int = 4, **options: Any) -> AsyncIterat
 
 async def ask(transport: Transport, body: bytes = b"{}") -> bytes:
     """One request, its answer read to the end."""
-    async with transport.post("chat", body) as reply:
+    with closing(await transport.post("chat", body)) as reply:
         assert reply.status == 200
         parts = []
         while piece := await reply.read():
@@ -170,7 +170,7 @@ async def test_what_waits_too_long_for_a_connection_is_told() -> None:
     """And whoever gave up waiting takes none from the others."""
     with RawHost() as host:
         async with pool(host.url, connections=1, connect_s=0.1) as transport:
-            async with transport.post("chat", b"{}"):
+            with closing(await transport.post("chat", b"{}")):
                 with pytest.raises(ConnectTimedOut):
                     await ask(transport)
                 waiting = asyncio.create_task(ask(transport))
@@ -227,10 +227,29 @@ async def test_leaving_early_closes_the_connection() -> None:
                 with pytest.raises(asyncio.CancelledError):
                     await reading
                 host.answer = OK
-                async with transport.post("chat", b"{}"):
+                with closing(await transport.post("chat", b"{}")):
                     pass
                 assert await ask(transport) == b"ok"
     assert host.accepted >= 2
+
+
+async def test_closing_a_reply_again_does_nothing() -> None:
+    """Not even when its connection is used for another by then."""
+    with RawHost() as host:
+        async with pool(host.url, connections=1) as transport:
+            first = await transport.post("chat", b"{}")
+            assert await first.read() == b"ok"
+            first.close()
+            host.answer = b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nha"
+            second = await transport.post("chat", b"{}")
+            first.close()
+            assert transport.connections == 1
+            assert await second.read() == b"ha"
+            second.close()
+            second.close()
+            host.answer = OK
+            assert await asyncio.gather(ask(transport), ask(transport)) == [b"ok", b"ok"]
+            assert transport.connections == 1
 
 
 async def test_large_bodies_pass_both_ways() -> None:
@@ -254,12 +273,13 @@ async def test_a_provider_that_sends_more_than_is_read_has_to_wait() -> None:
             sent += connection.send(b"x" * (1 << 20))
 
     with RawHost(flood) as host:
-        async with pool(host.url) as transport, transport.post("chat", b"{}") as reply:
-            await asyncio.sleep(0.3)
-            stalled = sent
-            await asyncio.sleep(0.1)
-            assert stalled == sent < 1 << 26
-            assert await reply.read()
+        async with pool(host.url) as transport:
+            with closing(await transport.post("chat", b"{}")) as reply:
+                await asyncio.sleep(0.3)
+                stalled = sent
+                await asyncio.sleep(0.1)
+                assert stalled == sent < 1 << 26
+                assert await reply.read()
 
 
 async def test_idle_connections_are_closed_in_the_end() -> None:

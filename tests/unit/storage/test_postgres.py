@@ -1,6 +1,7 @@
 """The PostgreSQL engine: what it refuses to open, and what it does when the database or the network is in the way."""
 
 import asyncio
+import gc
 import re
 import subprocess
 import sys
@@ -223,9 +224,10 @@ async def test_a_role_with_rights_on_rows_serves_and_cannot_upgrade(url: str):
     [
         ("postgresql://postgres@127.0.0.1:{port}/nowhere", "no database of the name"),
         ("postgresql://nobody:hunter2@127.0.0.1:{port}/postgres", "user or the password"),
+        ("postgresql://postgres:hunter2@h/postgres?sslmode=verify-full&sslrootcert=/none.crt", "sslrootcert"),
         ("postgresql://u:hunter2@127.0.0.1:1/postgres", "does not answer"),
         ("postgresql://u:hunter2@no-such-host.invalid/postgres", "does not answer"),
-        ("postgresql://u:hunter2@127.0.0.1:hunter2/postgres", "not one of PostgreSQL"),
+        ("postgresql://u:hunter2@127.0.0.1:hunter2/postgres", "cannot be used: it must be"),
     ],
 )
 async def test_why_it_does_not_open_is_told_without_the_url(url: str, sentence: str):
@@ -233,6 +235,15 @@ async def test_why_it_does_not_open_is_told_without_the_url(url: str, sentence: 
     with pytest.raises(StorageUnavailable, match=sentence) as refused:
         await open_postgres(url.format(port=shared_server().port), owner="o")
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+async def test_a_server_without_tls_is_told_from_one_that_is_away():
+    """The usual mistake with a URL that was copied from another host."""
+    with pytest.raises(StorageUnavailable, match="not with the TLS"):
+        await open_postgres(shared_server().url().replace("sslmode=disable", "sslmode=require"), owner="o")
+    # asyncpg leaves the socket to the collector.
+    gc.collect()
 
 
 async def test_the_ways_people_write_the_url(url: str):

@@ -1,4 +1,4 @@
--- Let no start be booked for a while, and none together at its end. KEYS: as in reserve.lua.
+-- Let no start be booked for a while, and none together at its end. KEYS: when the bucket is full again.
 -- ARGV: the pause, the slack, both in microseconds.
 local t = redis.call('TIME')
 local now = t[1] * 1000000 + t[2]

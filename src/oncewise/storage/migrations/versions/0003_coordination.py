@@ -22,6 +22,7 @@ def upgrade() -> None:
         "paces",
         sa.Column("provider", sa.Text(), nullable=False),
         sa.Column("free_at_s", sa.Double(), nullable=False),
+        sa.Column("latest", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("provider", name=op.f("pk_paces")),
     )
     op.create_table(
