@@ -14,6 +14,7 @@ Deliberately absent: taking turns over. Whoever waits for one does that, and tak
 """
 
 import asyncio
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from contextvars import Context
@@ -32,6 +33,8 @@ POLL_S = (0.1, 0.5)
 PROMPT_POLL_S = 1.0
 AWAY_POLL_S = 0.1
 """While a quick way that there is does not work. It may be back in a moment, and nobody should notice that long."""
+SETTLE_S = 2.0
+"""For how long after it came back it is not relied upon: other workers find that out up to a second later."""
 LOOKS_PER_S = 500
 """All those looks together, so that many turns do not become many queries."""
 LAST_WORDS_S = 0.3
@@ -305,6 +308,7 @@ class RemoteTurns:
         self.fleet = fleet
         self._ended = ended
         self._turns: dict[tuple[str, str], RemoteTurn] = {}
+        self._settled_s = -math.inf
 
     def look_at(self, turn: StoredTurn) -> RemoteTurn:
         """A turn that another worker leads, as this one sees it from now on."""
@@ -320,14 +324,13 @@ class RemoteTurns:
 
     def look_s(self, slow_s: float) -> float:
         """Seconds until a turn's row should be read again; `slow_s` where there was never a quick way."""
-        if self.fleet.prompt:
-            return PROMPT_POLL_S
-        if self.fleet.away:
+        if self.fleet.away or asyncio.get_running_loop().time() < self._settled_s:
             return max(AWAY_POLL_S, len(self._turns) / LOOKS_PER_S)
-        return slow_s
+        return PROMPT_POLL_S if self.fleet.prompt else slow_s
 
     def look_again(self) -> None:
         """The quick way has gone, or come back: look at all turns, and then as often as is right from now on."""
+        self._settled_s = asyncio.get_running_loop().time() + SETTLE_S
         for remote in self._turns.values():
             remote.look()
 
