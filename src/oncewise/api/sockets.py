@@ -2,7 +2,7 @@
 
 Several processes get a socket each (`SO_REUSEPORT`), between which the kernel spreads connections evenly. On one shared
 socket whoever wakes first takes all that waits: of 50 connections at once the busier of two workers got 44, not 27
-(docs/decisions/0045).
+(docs/decisions/0028).
 
 Deliberately absent: who accepts (`oncewise.api.server`), and every import but the standard library's: the supervisor
 of several workers makes their sockets, and is to be small.

@@ -6,7 +6,7 @@ accept on and when to end; up that it serves, or why it cannot. If the leash bre
 the worker ends; nobody is left to hold the port.
 
 Each worker accepts on sockets of its own, which the supervisor holds too: what waits in the queue of a dead worker is
-not lost. Until its replacement serves, a neighbour accepts for it (docs/decisions/0045).
+not lost. Until its replacement serves, a neighbour accepts for it (docs/decisions/0028).
 
 Deliberately absent: what a worker does (`oncewise.cli.worker`), and nearly every import: this process only waits.
 """

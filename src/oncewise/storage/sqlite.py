@@ -8,7 +8,7 @@ savepoint of its own, so that one sync pays for all (group commit). Nobody hears
 Only the writer checkpoints the write-ahead log, and the writers of several processes take turns, from BEGIN to the end
 of what COMMIT checkpoints: SQLite 3.7.0 to 3.51.2 can corrupt a database when one connection checkpoints while another
 commits (sqlite.org/wal.html), and its own way of waiting for a lock, by longer and longer sleeps, lets some wait for
-seconds (docs/decisions/0047).
+seconds (docs/decisions/0030).
 
 Deliberately absent: queries, network file systems, on which neither the log nor the locks work, and other programs that
 write to the file: they take no turns.

@@ -5,7 +5,7 @@ it holds a lock, as owners of turns do; of a worker that died the counters still
 successor goes on from its counters: a sum that fell would look to Prometheus like a restart of all.
 
 The client library has a mode for this too. It takes no collectors that are read at the scrape, adds gauges that are no
-sums, and leaves files for every process that ever was (docs/decisions/0046).
+sums, and leaves files for every process that ever was (docs/decisions/0029).
 
 Deliberately absent: which figures there are.
 """
