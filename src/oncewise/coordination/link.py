@@ -96,9 +96,18 @@ class Link:
         """Wait until the server has answered, at most so long; whether it has is in `up`."""
         with suppress(CoordinationUnavailable, TimeoutError):
             async with asyncio.timeout(patience_s):
-                if not self.up:
-                    await self._back.wait()
-                await self.call("PING")
+                if self.up and await self._answers():
+                    return
+                # The first attempt failed: the server may only be starting.
+                await self._back.wait()
+
+    async def _answers(self) -> bool:
+        try:
+            await self.call("PING")
+        except CoordinationUnavailable:
+            # A refusal is an answer too.
+            return self.up
+        return True
 
     async def aclose(self) -> None:
         """Tell everybody who waits that there is no answer, and drop the connection."""

@@ -170,3 +170,16 @@ async def test_a_probe_waits_for_an_answer_but_not_for_ever() -> None:
     assert link.up
     assert loop.time() - began_s <= 3.0
     await link.aclose()
+
+
+@virtual_time
+async def test_a_probe_waits_for_a_server_that_is_only_starting() -> None:
+    """Its first attempt is refused, and that is not the last word."""
+    wire, link, _ = linked()
+    wire.fails = "ConnectionError"
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.3, setattr, wire, "fails", None)
+    await link.probe(5.0)
+    assert link.up
+    assert 0.3 <= loop.time() < 1.0
+    await link.aclose()
