@@ -293,7 +293,7 @@ async def test_a_turn_that_is_looked_at_elsewhere_is_visible_before_its_text_lea
     leading = await post(quick.lead, thread)
     turn_id = await admitted(quick.lead, thread)
     quick.provider.go.set()
-    await until(lambda: quick.lead.hub.get((thread.org_id, turn_id)).deltas > 3)
+    await until(lambda: (log := quick.lead.hub.get((thread.org_id, turn_id))) is not None and log.deltas > 3)
     assert not (await quick.lead.threads.turn(thread.org_id, thread.id, turn_id)).visible
 
     watching = await look(quick.other, thread, turn_id)
