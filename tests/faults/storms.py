@@ -83,7 +83,7 @@ async def new_ask(site: Deployment, chance: random.Random, model: str = MODEL) -
     org = f"org{chance.randrange(3)}"
     for attempt in count():
         member = site.members[attempt % len(site.members)]
-        with suppress(OSError, AssertionError, ValueError, TimeoutError):
+        with suppress(OSError, AssertionError, ValueError, IndexError, TimeoutError):
             thread = await member.thread([("x-org-id", org), JSON])
             return Ask(org, thread, f"{org} asks {next(_numbers)}: five bullets, please", model)
         await asyncio.sleep(0.1)

@@ -89,11 +89,8 @@ async def test_a_leader_that_dies_or_stops_between_two_steps(tmp_path):
             # Who is connected to a stopped server is answered when it goes on.
             assert trial.after_s < WAKE_S + GENERATION_S + 2, (point, trial.after_s)
             told = [told.code for told in trial.history.told]
-            # Only text that was shown is a reason to be told of the loss; or a row that was locked for so long that the
-            # sweep may find it before those who wait.
-            assert point is Point.PAUSE_IN_TX or ("leader_lost" in told) == (
-                kinds == (SseClient,) and point is not Point.BEFORE_ACK
-            ), (point, told)
+            # Only text that was shown is a reason to be told of the loss.
+            assert ("leader_lost" in told) == (kinds == (SseClient,) and point is not Point.BEFORE_ACK), (point, told)
 
 
 WAKE_S = 9.0

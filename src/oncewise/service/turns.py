@@ -223,9 +223,8 @@ class TurnRun:
                 while not turn.state.final and taken is None:
                     if self._desk.run_of(turn.org_id, turn.id) is not None:
                         return None
-                    self._leased_s = asyncio.get_running_loop().time()
                     # The row may be locked by its owner's last transaction, until the database ends that.
-                    taken = await self._patiently(partial(self._desk.claim_lost, turn))
+                    taken = await self._patiently(partial(self._claim_lost, turn))
                     if taken is None:
                         turn = await self._patiently(remote.turn.news)
             finally:
@@ -236,6 +235,11 @@ class TurnRun:
             # Its leader knew of nobody who waits for it.
             return None
         return self._replay(turn, Role.FOLLOWER, first_delta_s=remote.turn.first_s)
+
+    async def _claim_lost(self, turn: StoredTurn) -> TurnClaim | None:
+        # At each attempt: one that had to wait for the database has a whole lease from when it got the turn.
+        self._leased_s = asyncio.get_running_loop().time()
+        return await self._desk.claim_lost(turn)
 
     async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
