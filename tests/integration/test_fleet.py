@@ -167,6 +167,43 @@ async def test_a_follower_hears_of_the_end_at_once(quick):
     await quick.settled()
 
 
+async def test_a_follower_hears_soon_of_an_end_while_the_quick_way_is_away(quick):
+    """Also one that had begun to wait when the way was still there: it looks at the row as soon as that is known."""
+    thread = await quick.lead.thread()
+    leading = await post(quick.lead, thread)
+    await admitted(quick.lead, thread)
+    following = await post(quick.other, thread)
+    await quick.provider.started.wait()
+    await asyncio.sleep(0.05)
+    quick.world.down = True
+    for desk in (quick.lead, quick.other):
+        desk.turns.remotes.look_again()
+    loop = asyncio.get_running_loop()
+    ended_s = []
+    leading.add_done_callback(lambda _task: ended_s.append(loop.time()))
+    following.add_done_callback(lambda _task: ended_s.append(loop.time()))
+
+    await asyncio.sleep(0.7)
+    quick.provider.go.set()
+    await asyncio.gather(leading, following)
+
+    assert ended_s[1] - ended_s[0] < 0.25
+    quick.world.down = False
+    await quick.settled()
+
+
+async def test_many_turns_that_are_followed_meanwhile_do_not_become_many_queries(quick):
+    """Five hundred looks a second, whatever there is to look at."""
+    remotes = quick.other.turns.remotes
+    assert remotes.look_s(0.4) == 1.0
+    quick.world.down = True
+    assert remotes.look_s(0.4) == 0.1
+    remotes._turns.update({("acme", str(number)): None for number in range(600)})
+    assert remotes.look_s(0.4) == 1.2
+    remotes._turns.clear()
+    assert quick.lead.turns.remotes.look_s(0.4) == 0.1
+
+
 # -- streams -----------------------------------------------------------------------------------------------------
 
 

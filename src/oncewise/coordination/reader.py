@@ -123,6 +123,8 @@ class Reader:
                 wait_s = RETRY_S[0]
             except (WireFailed, TimeoutError):
                 await self._wire.close()
+                # Whoever asks this server for something finds out what became of it; so ask it something.
+                self._wake()
                 await asyncio.sleep(wait_s)
                 wait_s = min(wait_s * 2, last_s)
             finally:

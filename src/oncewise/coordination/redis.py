@@ -342,12 +342,8 @@ class RedisCoordination:
             refused = error.__cause__
             reason = refused.code if isinstance(refused, Refused) else self.link.reason
             return f"Redis does not answer ({reason or 'timeout'})."
-        lines = dict(line.partition(":")[::2] for line in info.decode().splitlines())
-        valkey, redis = lines.get("valkey_version"), lines.get("redis_version", "0")
-        self.version = f"Valkey {valkey}" if valkey else f"Redis {redis}"
-        if not valkey and tuple(int(part) for part in redis.split(".")[:2]) < FLOOR:
-            return f"Redis {redis} is too old; this server needs 7.0 or newer, or Valkey."
-        return None
+        self.version, wrong = server_of(info.decode())
+        return wrong
 
     async def aclose(self) -> None:
         """See `Coordination.aclose`."""
@@ -362,6 +358,18 @@ class RedisCoordination:
     async def _leave(self) -> None:
         await self.link.call("ZREM", f"{self._prefix}:workers", self.signals.address)
         await self.link.call("DEL", self.key("in", self.signals.address))
+
+
+def server_of(info: str) -> tuple[str, str | None]:
+    """What a server says it is, and what is wrong with that; `info` is its answer to INFO."""
+    lines = dict(line.partition(":")[::2] for line in info.splitlines())
+    valkey, redis = lines.get("valkey_version"), lines.get("redis_version", "")
+    if valkey:
+        return f"Valkey {valkey}", None
+    numbers = tuple(int(part) for part in redis.split(".")[:2] if part.isdigit())
+    # One that does not say its version is a service's own; it may well do.
+    too_old = bool(numbers) and numbers < FLOOR
+    return f"Redis {redis}", f"Redis {redis} is too old; 7.0 or newer is needed, or Valkey." if too_old else None
 
 
 async def open_redis(

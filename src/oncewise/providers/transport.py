@@ -5,7 +5,7 @@ environment, no decompression (a small body may unpack to any size), and no read
 begins anew with every keep-alive comment.
 
 The client is ours because the well-kept ones cost more than all the rest of a call
-([decision 30](docs/decisions/0030-own-http-client.md)).
+([decision 18](docs/decisions/0018-own-http-client.md)).
 
 Deliberately absent: what the bytes mean, when to give up on them, and which status is an error.
 """

@@ -220,6 +220,11 @@ class Fleet:
         return self._quick is not None and self._quick.prompt
 
     @property
+    def away(self) -> bool:
+        """Whether there is a quick way, and it does not work."""
+        return self._quick is not None and not self._quick.prompt
+
+    @property
     def address(self) -> str:
         """Where others reach this worker; empty if there are none."""
         for signals in (self._quick, self._slow):

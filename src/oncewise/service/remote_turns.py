@@ -30,6 +30,10 @@ __all__ = ["RemoteTurn", "RemoteTurns"]
 
 POLL_S = (0.1, 0.5)
 PROMPT_POLL_S = 1.0
+AWAY_POLL_S = 0.1
+"""While a quick way that there is does not work. It may be back in a moment, and nobody should notice that long."""
+LOOKS_PER_S = 500
+"""All those looks together, so that many turns do not become many queries."""
 LAST_WORDS_S = 0.3
 """How long a turn that has ended waits for the rest of its text, before that is taken from the row."""
 LINGER_S = 5.0
@@ -151,7 +155,7 @@ class RemoteTurn:
         try:
             while not (self.row.state.final or self._yielded):
                 try:
-                    async with asyncio.timeout(PROMPT_POLL_S if self._desk.fleet.prompt else wait_s):
+                    async with asyncio.timeout(self._desk.look_s(wait_s)):
                         await self._woken.wait()
                 except TimeoutError:
                     wait_s = min(wait_s * 1.5, last_s)
@@ -313,6 +317,19 @@ class RemoteTurns:
     def hold(self, turn: StoredTurn) -> Held:
         """The same for a request that waits for it."""
         return Held(self.look_at(turn))
+
+    def look_s(self, slow_s: float) -> float:
+        """Seconds until a turn's row should be read again; `slow_s` where there was never a quick way."""
+        if self.fleet.prompt:
+            return PROMPT_POLL_S
+        if self.fleet.away:
+            return max(AWAY_POLL_S, len(self._turns) / LOOKS_PER_S)
+        return slow_s
+
+    def look_again(self) -> None:
+        """The quick way has gone, or come back: look at all turns, and then as often as is right from now on."""
+        for remote in self._turns.values():
+            remote.look()
 
     def owners_lost(self, owners: frozenset[str]) -> None:
         """Look at once at the turns of workers that are dead."""

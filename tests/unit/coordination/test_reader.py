@@ -137,6 +137,20 @@ async def test_reading_goes_on_after_the_connection_broke() -> None:
 
 
 @virtual_time
+async def test_a_connection_that_breaks_makes_somebody_ask_the_server() -> None:
+    """Nobody may have anything to say to it for seconds; that it is gone should be known sooner."""
+    asked: list[int] = []
+    server: Any = FakeServer()
+    server.fails = 1
+    reader = Reader(server, lambda: asked.append(server.closed))
+    reader.follow("inbox", lambda _place, _fields: None)
+    async with asyncio.timeout(5):
+        while not server.reads:
+            await asyncio.sleep(0.005)
+    assert asked == [1]
+    await reader.aclose()
+
+
 async def test_a_read_that_does_not_come_back_is_given_up() -> None:
     """A network that swallows everything says nothing for ever."""
     server, reader, _ = reading()

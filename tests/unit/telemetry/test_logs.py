@@ -7,6 +7,7 @@ import pytest
 from oncewise.core.breaker import BreakerChanged, BreakerState
 from oncewise.core.coalesce import FlightLanded
 from oncewise.core.keys import request_key
+from oncewise.ports import CoordinationChanged
 from oncewise.telemetry.logs import log_event
 
 OPENED = BreakerChanged("acme", "m1", BreakerState.OPEN, failures=5, calls=6, open_s=5.0)
@@ -37,3 +38,14 @@ def test_a_flight_is_told_of_without_its_key(caplog: pytest.LogCaptureFixture) -
     (line,) = caplog.records
     assert (line.levelno, line.joined, line.code) == (logging.INFO, 3, "provider_error")
     assert "secret" not in str(vars(line))
+
+
+def test_redis_is_told_of_when_it_goes_and_when_it_is_back(caplog: pytest.LogCaptureFixture) -> None:
+    """Both are worth a look: an operator who sees the first waits for the second."""
+    with caplog.at_level(logging.DEBUG, "oncewise"):
+        log_event(CoordinationChanged(up=False, reason="ConnectionError"))
+        log_event(CoordinationChanged(up=True))
+    assert [line.levelno for line in caplog.records] == [logging.WARNING, logging.WARNING]
+    gone, back = (line.getMessage() for line in caplog.records)
+    assert "ConnectionError" in gone
+    assert back == "Redis answers again"
