@@ -2,7 +2,6 @@
 
 import asyncio
 import struct
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -110,7 +109,7 @@ class TransactionPooler:
     database: str
     port: int = 0
     _parameters: list[bytes] = field(default_factory=list)
-    _sessions: deque[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=deque)
+    _sessions: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=asyncio.Queue)
 
     async def open(self, sessions: int) -> None:
         for _ in range(sessions):
@@ -123,11 +122,11 @@ class TransactionPooler:
                 kind, body = await _read(reader)
                 if kind == b"S":
                     self._parameters.append(_message(kind, body))
-            self._sessions.append((reader, writer))
+            self._sessions.put_nowait((reader, writer))
 
     def close(self) -> None:
-        for _, writer in self._sessions:
-            writer.close()
+        while not self._sessions.empty():
+            self._sessions.get_nowait()[1].close()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -156,14 +155,32 @@ class TransactionPooler:
         self, asked: asyncio.Future[tuple[bytes, bytes]], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> asyncio.Future[tuple[bytes, bytes]]:
         """Pass a transaction on to the session that has rested longest; return the message after it, when it comes."""
-        from_server, to_server = self._sessions.popleft()
+        # As PgBouncer does: who comes while all sessions are taken waits for one.
+        session = await self._sessions.get()
+        try:
+            asked = await self._pass_on(session, asked, reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            # Its client left in the middle: nobody may have what is left of the transaction.
+            session[1].close()
+            await self.open(1)
+            raise
+        self._sessions.put_nowait(session)
+        return asked
+
+    async def _pass_on(
+        self,
+        session: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        asked: asyncio.Future[tuple[bytes, bytes]],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> asyncio.Future[tuple[bytes, bytes]]:
+        from_server, to_server = session
         answering = asyncio.ensure_future(self._until_idle(from_server, writer))
         while not answering.done():
             if asked.done():
                 to_server.write(_message(*asked.result()))
                 asked = asyncio.ensure_future(_read(reader))
             await asyncio.wait({asked, answering}, return_when=asyncio.FIRST_COMPLETED)
-        self._sessions.append((from_server, to_server))
         return asked
 
     @staticmethod
