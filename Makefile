@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NODE := tests/node/node_modules/.installed
+LANGCHAIN := tests/langchain/.venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # uv reads no pip configuration; the index and the certificates that pip is told about are passed on.
 UV := UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP) config get global.index-url 2>/dev/null)}}"; \
   test -n "$$UV_DEFAULT_INDEX" && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX; \
   VIRTUAL_ENV=$(VENV) $(BIN)/uv --quiet
 
-.PHONY: setup demo test browser lint bench lock docs clean help
+.PHONY: setup demo test clients browser lint bench simulate faults lock docs clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -34,14 +35,23 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## a server, a slow provider, three bursts, a verdict; then the server stays up
 	@$(BIN)/oncewise demo
 
-test: setup $(NODE) browser ## the whole test suite
+test: setup clients browser ## the whole test suite
 	@$(BIN)/python -m pytest
 
-# autocannon, for the test that runs a user's own commands; where there is no npm that test says that it was skipped.
+clients: $(NODE) $(LANGCHAIN) ## other people's clients, for the tests that run them against the server
+
+# autocannon, openai-node and the Vercel AI SDK; where there is no npm their tests say that they were skipped.
 $(NODE): tests/node/package-lock.json
 	@if command -v npm >/dev/null; then cd tests/node && npm ci --silent --no-audit --no-fund; \
-	  else echo "npm is missing: tests with autocannon will be skipped"; fi
+	  else echo "npm is missing: tests with Node.js clients will be skipped"; fi
 	@mkdir -p $(@D) && touch $@
+
+# LangChain has an environment of its own: it wants uuid-utils below 1, and nothing of it is ours to depend on.
+$(LANGCHAIN): tests/langchain/requirements.lock | setup
+	@$(PYTHON) -m venv $(@D)
+	@{ $(UV) pip install --python $(@D)/bin/python --require-hashes -r $<; } \
+	  || $(@D)/bin/python -m pip --disable-pip-version-check install -qq --require-hashes -r $<
+	@touch $@
 
 # Chromium, for the test that watches a stream as a page does. Browsers come as Debian packages, which only root installs.
 browser:
@@ -56,15 +66,25 @@ lint: setup ## style, types, and the direction of imports
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
 
-bench: setup ## every benchmark, then the page of figures; a quarter of an hour
+bench: setup ## every benchmark, then the page of figures; forty-five minutes
 	@$(BIN)/python -m bench.run
+
+simulate: setup ## fifty thousand histories of a fleet under faults, in virtual time; a few minutes
+	@$(BIN)/python -m tests.simulation
+
+faults: setup ## real processes killed, stopped, cut off and starved by the hundred; the figures, in about an hour
+	@$(BIN)/python -m tests.faults
 
 lock: ## resolve the dependencies anew
 	@$(UV) pip compile pyproject.toml --extra local --group dev --universal --python-version 3.11 --generate-hashes --upgrade \
 	  --no-emit-index-url --no-header --output-file requirements.lock
+	@$(UV) pip compile pyproject.toml --extra local --universal --python-version 3.11 --generate-hashes \
+	  --constraint requirements.lock --no-annotate --no-emit-index-url --no-header --output-file deploy/requirements.lock
+	@$(UV) pip compile tests/langchain/requirements.in --universal --python-version 3.11 --generate-hashes --upgrade \
+	  --no-emit-index-url --no-header --output-file tests/langchain/requirements.lock
 
 docs: setup ## rewrite the reference pages that are made from the code
 	@$(BIN)/python -m tests.docs.reference
 
 clean: ## remove what was installed and cached
-	rm -rf $(VENV) tests/node/node_modules .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	rm -rf $(VENV) tests/node/node_modules tests/langchain/.venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.fleet.scale import operations
 from bench.record import NOISE_PCT, RESULTS, Run, spread
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "figures.md"
@@ -65,6 +66,64 @@ FANOUT: list[Column] = [
     ("events per CPU s", "events_per_cpu_s", "{:,.0f}"),
     ("KiB PSS per viewer", "pss_kib_per_viewer", "{:.1f}"),
 ]
+FLEET_TEXT = (
+    "The servers, PostgreSQL and Valkey share the cores with the load and the fake provider: figures of a fleet on one "
+    "small machine are upper limits. "
+)
+HEADLINE: list[Column] = [
+    ("succeeded", "ok", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("messages stored", "messages", "{:.0f}"),
+    ("bodies", "distinct_bodies", "{:.0f}"),
+    ("texts", "distinct_texts", "{:.0f}"),
+    ("p50 / provider", "p50_ratio", "{:.2f}"),
+    ("p95 / provider", "p95_ratio", "{:.2f}"),
+    ("slowest / provider", "max_ratio", "{:.2f}"),
+    ("server CPU s", "server_cpu_s", "{:.2f}"),
+]
+VIEWERS: list[Column] = [
+    ("complete", "complete", "{:.0f}"),
+    ("of", "of", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("lag p50 ms, here", "here_p50_ms", "{:.1f}"),
+    ("lag p99 ms, here", "here_p99_ms", "{:.1f}"),
+    ("lag p50 ms, there", "there_p50_ms", "{:.1f}"),
+    ("lag p99 ms, there", "there_p99_ms", "{:.1f}"),
+    ("cores, leading", "leading_cores", "{:.2f}"),
+    ("cores, viewing", "viewing_cores", "{:.2f}"),
+]
+FAILOVER: list[Column] = [
+    ("answered", "ok", "{:.0f}"),
+    ("bodies", "distinct_bodies", "{:.0f}"),
+    ("provider calls", "provider_calls", "{:.0f}"),
+    ("messages stored", "messages", "{:.0f}"),
+    ("answered s after the kill", "waited_s", "{:.2f}"),
+    ("beyond one generation", "beyond_s", "{:.2f}"),
+]
+PASSED_TEXT = (
+    "No two requests are equal, so each is a call of its own; at temperature 0, so that equal ones would share. Each "
+    "connection asks again as soon as it is answered, and the provider answers at once. `direct` is the same load on "
+    "the provider itself, and what a server adds to it is *over direct*. One worker each; the peers are as released, "
+    "in the versions that `bench/http/peers.py` installs. "
+)
+PASSED: list[Column] = [
+    ("requests/s", "per_s", "{:,.0f}"),
+    ("p50 ms", "p50_ms", "{:.2f}"),
+    ("p99 ms", "p99_ms", "{:.2f}"),
+    ("p50 over direct", "p50_over_ms", "{:.2f}"),
+    ("p99 over direct", "p99_over_ms", "{:.2f}"),
+    ("server CPU ms each", "server_cpu_ms", "{:.2f}"),
+    ("failed", "failed", "{:.0f}"),
+    ("peak RSS MiB", "peak_rss_mib", "{:.0f}"),
+]
+SILENT: list[Column] = [
+    ("complete", "complete", "{:.0f}"),
+    ("delta lag p95 ms, alone", "alone_p95_ms", "{:.1f}"),
+    ("delta lag p95 ms, beside them", "beside_p95_ms", "{:.1f}"),
+    ("beside / alone", "beside_over_alone", "{:.2f}"),
+    ("MiB PSS added by them", "added_mib", "{:.1f}"),
+    ("cut off s after the end", "gone_after_s", "{:.1f}"),
+]
 LATE: list[Column] = [
     ("deltas", "deltas", "{:,.0f}"),
     ("bytes", "backlog_bytes", "{:,.0f}"),
@@ -90,7 +149,17 @@ def page() -> str:
         file = RESULTS / f"{name}.json"
         if file.exists():
             parts.append(_core(json.loads(file.read_text()), core))
+    file = RESULTS / "fleet-costs.json"
+    if file.exists():
+        parts.append(_operations(json.loads(file.read_text())))
     return "\n".join(parts)
+
+
+def _operations(document: dict[str, Any]) -> str:
+    page = "[How far a fleet goes](../explanation/scale.md)"
+    text = f"Of three servers on one PostgreSQL and one Valkey; what follows from it is in {page}."
+    heading = "## Redis and SQL operations per request\n"
+    return "\n".join([heading, text, "", _source(document), operations(document), ""])
 
 
 def _core(document: dict[str, Any], core: "Core") -> str:
@@ -236,6 +305,63 @@ PAGES = {
             "late joiner",
             {},
             LATE,
+        ),
+    ],
+    "http-slow": [
+        Section(
+            "Viewers that never read",
+            "200 deltas of 3,000 characters, 25 ms apart; the second half, when all buffers of those that take nothing "
+            "are full. They are cut off 10 s after their send is blocked, and may resume.",
+            "never read",
+            {"readers": "read", "silent": "never read"},
+            SILENT,
+        ),
+    ],
+    "fleet-headline": [
+        Section(
+            "A burst over a fleet",
+            "Half of the requests for JSON and half for events, at the same moment, spread over the servers; the "
+            f"provider takes 1 s. {FLEET_TEXT.rstrip()}",
+            None,
+            {"fleet": "fleet", "requests": "requests"},
+            HEADLINE,
+        )
+    ],
+    "fleet-viewers": [
+        Section(
+            "Viewers at another server",
+            "Each turn is led by a viewer at one server (here), and seen by others at the second one (there), who have "
+            f"every delta through Valkey. {FLEET_TEXT.rstrip()}",
+            None,
+            {"turns": "turns", "viewers": "viewers there", "deltas": "deltas", "gap_ms": "ms between two"},
+            VIEWERS,
+        )
+    ],
+    "fleet-failover": [
+        Section(
+            "The death of a leader",
+            "Ten requests wait at one server for a turn that another one leads, which is killed with signal 9 in the "
+            f"middle of the provider's second; the survivor asks again. {FLEET_TEXT.rstrip()}",
+            None,
+            {"followers": "followers"},
+            FAILOVER,
+        )
+    ],
+    "http-passthrough": [
+        Section(
+            "Distinct requests through /v1, answered as JSON",
+            PASSED_TEXT + "The provider answers the others with one document; Oncewise always streams from a provider, "
+            "and puts 20 deltas together for each answer.",
+            "json",
+            {"connections": "connections", "server": "server"},
+            PASSED,
+        ),
+        Section(
+            "Distinct requests through /v1, answered as a stream",
+            PASSED_TEXT + "An answer is 20 deltas.",
+            "stream",
+            {"connections": "connections", "server": "server"},
+            PASSED,
         ),
     ],
 }

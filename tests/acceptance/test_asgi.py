@@ -27,10 +27,11 @@ def fetch(url: str, body: object = None) -> tuple[int, dict]:
 
 
 @asynccontextmanager
-async def uvicorn(folder: Path, **settings: str):
+async def uvicorn(folder: Path, *arguments: str, **settings: str):
     port = free_port()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "uvicorn", "oncewise.asgi:app", "--port", str(port), "--log-level", "warning"),
+        *arguments,
         env={
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
@@ -40,6 +41,7 @@ async def uvicorn(folder: Path, **settings: str):
         },
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        process_group=0,
     )
     base = f"http://127.0.0.1:{port}"
     try:
@@ -53,7 +55,8 @@ async def uvicorn(folder: Path, **settings: str):
         yield base, process
     finally:
         if process.returncode is None:
-            process.kill()
+            # With its workers, which would not notice.
+            os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
 
@@ -117,4 +120,27 @@ async def test_a_signal_lets_a_running_turn_end(tmp_path):
             await process.wait()
         writer.close()
 
+    assert rest.count(b"event: done") == 1
+
+
+async def test_several_workers_of_plain_uvicorn_are_one_call_and_end_in_peace(tmp_path):
+    """They coalesce by the row; the figures in SQL are those of all; a running turn ends before its worker does."""
+    settings = {"ONCEWISE_DEMO_LATENCY_MS": "1500", "ONCEWISE_DRAIN_S": "20"}
+    async with uvicorn(tmp_path, "--workers", "2", **settings) as (base, process):
+        _, thread = await asyncio.to_thread(fetch, f"{base}/api/threads", {})
+        url = f"{base}/api/threads/{thread['thread_id']}/messages"
+        answers = await asyncio.gather(*(asyncio.to_thread(fetch, url, {"content": "hello"}) for _ in range(20)))
+        await asyncio.sleep(0.35)
+        _, figures = await asyncio.to_thread(fetch, f"{base}/api/metrics/performance")
+        _, other = await asyncio.to_thread(fetch, f"{base}/api/threads", {})
+        reader, writer = await watch(base, other["thread_id"])
+        process.send_signal(signal.SIGTERM)
+
+        async with asyncio.timeout(20):
+            rest = await reader.read()
+            await process.wait()
+        writer.close()
+
+    assert len({json.dumps(body) for _, body in answers}) == 1
+    assert (figures["total_requests"], figures["upstream"]["calls"]) == (20, 1)
     assert rest.count(b"event: done") == 1

@@ -30,6 +30,16 @@ def ask(url: str, model: str) -> dict[str, Any]:
     return post(f"{url}/api/threads/{thread}/messages", {"content": "hi", "model": model})["assistant_message"]
 
 
+def complete(url: str, model: str) -> dict[str, Any]:
+    """As LiteLLM's clients ask."""
+    return post(f"{url}/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": "hi"}]})
+
+
+def models(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=20) as reply:
+        return [model["id"] for model in json.load(reply)["data"]]
+
+
 async def test_the_example_answers_under_its_names(tmp_path: Path) -> None:
     """Each from its own provider, on its own wire, with its own key."""
     async with FakeProvider("n3") as fake:
@@ -38,14 +48,19 @@ async def test_the_example_answers_under_its_names(tmp_path: Path) -> None:
         file = tmp_path / "litellm.yaml"
         file.write_text(text)
         with serving("--config", str(file), **KEYS) as url:
-            said = [await asyncio.to_thread(ask, url, name) for name in ("gpt-4o", "claude", "house-model")]
+            names = ("gpt-4o", "claude", "house-model")
+            said = [await asyncio.to_thread(ask, url, name) for name in names]
+            answers = [await asyncio.to_thread(complete, url, name) for name in names]
+            offered = await asyncio.to_thread(models, url)
             with pytest.raises(urllib.error.HTTPError) as refused:
                 await asyncio.to_thread(ask, url, "nobody/gpt-4o")
             unknown = json.load(refused.value)
         headers = [call.headers for call in fake.calls]
-        models = [call.request["model"] for call in fake.calls]
+        asked = [call.request["model"] for call in fake.calls]
     assert [message["status"] for message in said] == ["complete"] * 3
-    assert models == ["gpt-4o", "claude-haiku-5-5", "meta/llama"]
+    assert asked == ["gpt-4o", "claude-haiku-5-5", "meta/llama"] * 2
+    assert [answer["choices"][0]["finish_reason"] for answer in answers] == ["stop"] * 3
+    assert {*names} < {*offered}
     assert (unknown["status"], unknown["code"]) == (422, "unknown_provider")
     assert headers[0]["authorization"] == "Bearer sk-secret-1"
     assert headers[1]["x-api-key"] == "sk-secret-2"

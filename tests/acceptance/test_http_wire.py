@@ -265,7 +265,8 @@ async def test_a_client_that_never_reads_is_dropped_and_disturbs_nobody(tmp_path
 SERVE = """
 import sys
 from oncewise.api.app import create_app
-from oncewise.api.server import listen, run
+from oncewise.api.server import run
+from oncewise.api.sockets import listen
 from oncewise.settings import Settings
 sockets = listen("127.0.0.1", 0)
 print(sockets[0].getsockname()[1], flush=True)

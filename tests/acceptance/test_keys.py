@@ -171,10 +171,16 @@ async def test_figures_are_for_operators_and_a_tenants_own_for_itself(site, secr
 
     statuses = [(await site.ask("GET", "/metrics", headers=[bearer(s)])).status for s in vars(secrets).values()]
     assert statuses == [403, 403, 200, 200]
-    for closed in (path, f"{path}?last_n=0", "/metrics"):
+    for closed in (path, f"{path}?last_n=0", f"{path}?org_id=a%20b", "/metrics"):
         reply = await site.ask("GET", closed, headers=[ORG_A])
         assert (reply.status, reply.code) == (401, "unauthorized")
     assert (await site.ask("GET", path, headers=[bearer(secrets.acme), ORG_B])).code == "org_mismatch"
+
+    of_acme = f"{path}?org_id=acme"
+    counts = [(await site.ask("GET", of_acme, headers=[bearer(s)])).json() for s in (secrets.acme, secrets.admin)]
+    assert [figures["total_requests"] for figures in counts] == [2, 2]
+    assert (await site.ask("GET", of_acme, headers=[bearer(secrets.other)])).code == "org_mismatch"
+    assert (await site.ask("GET", f"{path}?org_id=a%20b", headers=[bearer(secrets.admin)])).status == 422
 
 
 async def test_health_and_the_description_need_no_key(site, secrets):

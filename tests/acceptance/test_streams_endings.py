@@ -58,7 +58,7 @@ async def cancel_request(site, request_id):
     [
         ("n9-gap15-cut3", "provider_protocol"),
         ("n3-gap15-nofinish", "provider_protocol"),
-        ("n3-gap15-errinstream", "provider_error"),
+        ("n3-gap15-errinstream-u2028", "provider_error"),
     ],
 )
 async def test_a_failure_after_text_keeps_the_text_out_of_the_next_prompt(site, fake, model, code):
@@ -81,6 +81,52 @@ async def test_a_failure_after_text_keeps_the_text_out_of_the_next_prompt(site, 
     assert again.status == 200
     assert [message["status"] for message in pairs] == ["complete", "partial", "complete", "complete"]
     assert (await fake.call(fake.count)).request["messages"] == [{"role": "user", "content": "Hello"}]
+
+
+async def test_everyone_sees_the_same_deltas_and_the_same_error(site, fake):
+    """Who asked first, who joined, who watches, who comes when it is over; a JSON caller gets the code as a status."""
+    thread = await site.thread()
+    said = {"content": "Hello", "model": "n20-gap20-cut9"}
+    async with watch_as(site, thread, "a", **said) as leader:
+        await leader.until("delta")
+        asked = asyncio.create_task(site.ask("POST", f"/api/threads/{thread}/messages", said))
+        async with (
+            watch_as(site, thread, "b", **said) as follower,
+            watching(site, f"/api/threads/{thread}/stream") as viewer,
+        ):
+            await asyncio.gather(leader.rest(), follower.rest(), viewer.rest())
+    reply = await asked
+    async with watching(site, f"/api/threads/{thread}/turns/{leader.turn_id}/stream") as late:
+        await late.rest()
+
+    ending = terminal(leader.events)
+    assert (ending.name, ending.id, ending.data["code"]) == ("error", "1-10", "provider_protocol")
+    for watch in (follower, viewer, late):
+        assert (watch.text, terminal(watch.events)) == (leader.text, ending)
+    assert len(re.findall(r"@1:\d+:", leader.text)) == 9
+    assert (reply.status, reply.code) == (502, "provider_protocol")
+    assert [message["content"] for message in await thread_of(site, thread)] == ["Hello", leader.text]
+    assert fake.count == 1
+
+
+async def test_a_failure_before_text_is_one_error_for_everyone(site, fake):
+    """Inside the streams whose head was sent, without any delta; for all others a status. Nothing is stored."""
+    thread = await site.thread()
+    said = {"content": "Hello", "model": "lat1300-err400"}
+    async with (
+        watch_as(site, thread, "a", **said) as leader,
+        watching(site, f"/api/threads/{thread}/stream") as viewer,
+    ):
+        joined = await site.stream(thread, **said)
+        await asyncio.gather(leader.rest(), viewer.rest())
+
+    for watch in (leader, viewer):
+        assert names(watch.events) == ["ping", "meta", "error"]
+        ending = terminal(watch.events)
+        assert (ending.id, ending.data["code"], ending.data["partial_chars"]) == ("1-1", "provider_error", 0)
+    assert (joined.status, joined.code, joined.headers["x-coalesce"]) == (502, "provider_error", "follower")
+    assert await thread_of(site, thread) == []
+    assert fake.count == 1
 
 
 async def test_a_failure_before_text_leaves_no_messages(site, fake):
@@ -125,19 +171,45 @@ async def test_cancelling_a_turn_closes_the_providers_connection_within_a_second
     assert fake.count == 1
 
 
+async def test_a_call_that_another_thread_shares_outlives_a_cancel(site, fake):
+    """The last turn that wants it is who stops it."""
+    one, two = await site.thread(), await site.thread()
+    async with watch_as(site, one, "a") as mine:
+        await mine.until("delta")
+        async with watch_as(site, two, "b") as other:
+            await other.until("delta")
+            await cancel_turn(site, one, mine.turn_id)
+            await mine.rest()
+            for _ in range(5):
+                await other.until("delta")
+            assert not fake.calls[0].ended.is_set()
+            asked_s = time.monotonic()
+            await cancel_turn(site, two, other.turn_id)
+            await other.rest()
+        async with asyncio.timeout(5):
+            await fake.calls[0].ended.wait()
+
+    assert fake.calls[0].ended_s - asked_s < 1.0
+    assert other.text.startswith(mine.text)
+    assert fake.count == 1
+
+
 async def test_a_late_cancel_never_touches_a_newer_turn(site):
-    """Neither of the turn nor of a request that has its answer."""
+    """Neither of the turn nor of a request that has its answer; both are told so, as often as they ask."""
     thread = await site.thread()
     async with watch_as(site, thread, "old", model="n2") as old:
         await old.rest()
     async with watch_as(site, thread, "new", content="Next", model="n9-gap30") as new:
         await new.until("delta")
         late = await cancel_turn(site, thread, old.turn_id)
-        gone = await cancel_request(site, "old")
+        gone = [await cancel_request(site, "old") for _ in range(2)]
+        unknown = await cancel_request(site, "nobody")
+        foreign = await site.ask("POST", "/api/threads/cancel/old", headers=[("x-org-id", "other")])
         await new.rest()
 
     assert (late.status, late.json()["state"]) == (200, "completed")
-    assert gone.status == 404
+    assert [(reply.status, reply.json()["state"]) for reply in gone] == [(200, "ended")] * 2
+    assert (unknown.status, foreign.status) == (404, 404)
     assert terminal(new.events).data["state"] == "completed"
 
 
@@ -160,10 +232,12 @@ async def test_requests_are_withdrawn_one_by_one_and_the_last_stops_the_call(sit
         await two.rest()
         async with asyncio.timeout(5):
             await call.ended.wait()
+    again = [(await cancel_request(site, name)).json()["state"] for name in ("a", "b", "c")]
 
+    assert again == ["cancelled"] * 3
     for watch in (one, two):
         assert (terminal(watch.events).id, terminal(watch.events).data["state"]) == (None, "cancelled")
-    assert (refused.status, refused.code) == (409, "turn_cancelled")
+    assert (refused.status, refused.code, refused.json()["retryable"]) == (409, "turn_cancelled", False)
     assert call.closed_by_client
     assert call.ended_s - asked_s < 1.0
     await until(lambda: not site.services.turns._runs)
@@ -293,6 +367,43 @@ async def test_a_turn_goes_on_when_all_its_callers_have_left(tmp_path, fake):
         assert fake.count == 1
 
 
+async def test_a_turn_that_waits_ends_with_its_last_caller(site, fake):
+    """Nobody is called for it; who only watches is told, and the next has its place."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a", model="n90-gap20") as running:
+        await running.until("delta")
+        async with watch_as(site, thread, "b", content="Waits") as queued:
+            path = f"/api/threads/{thread}/turns/{queued.turn_id}/stream"
+            async with watching(site, path) as viewer:
+                queued.leave()
+                await viewer.rest()
+        after = await site.ask("GET", path, headers=[ORG, ("last-event-id", viewer.last_id)])
+        third = asyncio.create_task(site.say(thread, "Third", model="n2"))
+        await running.rest()
+
+    assert names(viewer.events) == ["ping", "meta", "done"]
+    assert (terminal(viewer.events).data["state"], viewer.events[1].data["queue_position"]) == ("cancelled", 1)
+    assert after.status == 204
+    assert (await third).status == 200
+    assert [len(call.request["messages"]) for call in fake.calls] == [1, 3]
+
+
+async def test_the_streams_of_a_deleted_thread_end(site, fake):
+    """Running and waiting ones, before it is gone; then there is nothing to resume."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as running, watch_as(site, thread, "b", content="Waits") as queued:
+        await running.until("delta")
+        deleted = await site.ask("DELETE", f"/api/threads/{thread}")
+        await asyncio.gather(running.rest(), queued.rest())
+    path = f"/api/threads/{thread}/turns/{running.turn_id}/stream"
+    again = await site.ask("GET", path, headers=[ORG, ("last-event-id", "1-1")])
+
+    assert (deleted.status, again.status) == (204, 404)
+    assert [terminal(watch.events).data["state"] for watch in (running, queued)] == ["cancelled"] * 2
+    assert (await fake.call(1)).closed_by_client
+    assert fake.count == 1
+
+
 # -- another message while a turn runs ---------------------------------------------------------------------------
 
 
@@ -315,18 +426,40 @@ async def test_five_messages_wait_in_the_order_they_came(tmp_path, fake):
 
 
 async def test_a_message_may_be_refused_while_a_turn_runs(site, fake):
-    """`reject`: 409 before any byte of a stream; the turn is not disturbed. The same message joins all the same."""
+    """`reject`: 409 before any byte, with the turn to wait for. That is not disturbed; the same message joins it."""
     thread = await site.thread()
     async with watch_as(site, thread, "a", model="n20-gap20") as running:
         await running.until("delta")
-        refused = await site.stream(thread, "Other", on_busy="reject")
+        refused = [await site.stream(thread, "Other", on_busy="reject"), await site.say(thread, "M", on_busy="reject")]
         async with watch_as(site, thread, "b", model="n20-gap20", on_busy="reject") as joined:
             await asyncio.gather(running.rest(), joined.rest())
 
-    assert (refused.status, refused.code) == (409, "thread_busy")
+    assert [(reply.status, reply.code) for reply in refused] == [(409, "thread_busy")] * 2
+    assert {reply.json()["turn_id"] for reply in refused} == {running.turn_id}
     assert joined.turn_id == running.turn_id
     assert terminal(running.events).data["state"] == "completed"
     assert fake.count == 1
+
+
+@pytest.mark.parametrize("on_busy", ["interrupt", "rollback"])
+async def test_an_impatient_message_does_not_jump_the_queue(site, fake, on_busy):
+    """It stops the turn that runs; those that wait keep their places, and their order is that of the thread."""
+    thread = await site.thread()
+    async with watch_as(site, thread, "a") as running:
+        await running.until("delta")
+        waiting = [asyncio.create_task(site.say(thread, "Waits", model="n1"))]
+        await until(lambda: len(site.services.turns._runs) == 2)
+        waiting.append(asyncio.create_task(site.say(thread, "Impatient", model="n2", on_busy=on_busy)))
+        await until(lambda: len(site.services.turns._runs) == 3)
+        waiting.append(asyncio.create_task(site.say(thread, "Last", model="n3")))
+        replies = await asyncio.gather(*waiting)
+        await running.rest()
+
+    assert [reply.status for reply in replies] == [200] * 3
+    assert terminal(running.events).data["state"] == "cancelled"
+    asked = [message["content"] for message in await thread_of(site, thread) if message["role"] == "user"]
+    assert asked == (["Hello"] if on_busy == "interrupt" else []) + ["Waits", "Impatient", "Last"]
+    assert [len(call.request["messages"]) for call in fake.calls] == [1, 1, 3, 5]
 
 
 @pytest.mark.parametrize("on_busy", ["interrupt", "rollback"])

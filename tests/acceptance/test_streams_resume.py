@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from oncewise.api.limits import Limits
 from oncewise.model import FinishReason, Usage
 from oncewise.ports import Completion, TextDelta
 from tests.support.fake_provider import FakeProvider
@@ -214,6 +215,65 @@ async def test_joining_a_thread_follows_the_turn_that_runs_and_then_the_next(tmp
     assert terminal(watch.events).data["assistant_message_id"] == one["assistant_message"]["id"]
     assert (waiting.turn_id, waiting.events[1].data["state"]) == (two["turn_id"], "pending")
     assert terminal(waiting.events).data["assistant_message_id"] == two["assistant_message"]["id"]
+    assert idle.status == 204
+
+
+async def test_the_first_meta_says_how_it_stands_with_the_turn_now(tmp_path):
+    """Not how it stood when the turn was admitted: to a caller who joins late, and to a viewer."""
+
+    async def told(path, body=None):
+        async with watching(site, path, body) as watch:
+            meta = await watch.until("meta")
+            return meta.data["state"], meta.data["queue_position"]
+
+    slow = ScriptedProvider(deltas=["a"] * 400, gap_s=0.02)
+    async with serve(tmp_path, slow, limits=Limits(hold_s=0.05), drain_s=0) as site:
+        thread = await site.thread()
+        say, third = stream_of(thread), {"content": "three"}
+        async with watching(site, say, {"content": "one"}) as one, watching(site, say, {"content": "two"}) as two:
+            await one.until("delta")
+            asked = asyncio.create_task(site.say(thread, "three"))
+            await until(lambda: len(site.services.turns._runs) == 3)
+            queued = max(run.admitted.turn_id for run in site.services.turns._runs.values())
+            address = f"/api/threads/{thread}/turns/{queued}/stream"
+            before = await asyncio.gather(told(say, third), told(address), told(say, {"content": "one"}))
+            await site.ask("POST", f"/api/threads/{thread}/turns/{two.turn_id}/cancel")
+            await until(lambda: max(run.place for run in site.services.turns._runs.values()) == 1)
+            moved = await asyncio.gather(told(say, third), told(address))
+            await site.ask("POST", f"/api/threads/{thread}/turns/{one.turn_id}/cancel")
+            async with watching(site, address) as last:
+                await last.until("delta")
+                running = await asyncio.gather(told(say, third), told(address), told(f"/api/threads/{thread}/stream"))
+            asked.cancel()
+        alone = await site.thread()
+        unseen = asyncio.create_task(site.say(alone))
+        await until(lambda: any(run.log.deltas and not run._watched for run in site.services.turns._runs.values()))
+        first_look = await told(f"/api/threads/{alone}/stream")
+        unseen.cancel()
+
+    assert first_look == ("streaming", 0)
+    assert before == [("pending", 2), ("pending", 2), ("streaming", 0)]
+    assert moved == [("pending", 1)] * 2
+    assert running == [("streaming", 0)] * 3
+
+
+async def test_a_thread_is_joined_from_the_beginning_and_a_client_that_saw_some_is_told(tmp_path):
+    """An EventSource comes back to the address it was given; without a word it would show the text twice."""
+    async with serve(tmp_path, ScriptedProvider(deltas=["a"] * 30, gap_s=0.02)) as site:
+        thread = await site.thread()
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as first:
+            await first.until("delta")
+            address = f"/api/threads/{thread}/stream"
+            async with (
+                watching(site, address, headers=[("last-event-id", "1-1")]) as again,
+                watching(site, address) as fresh,
+            ):
+                await asyncio.gather(first.rest(), again.rest(), fresh.rest())
+        idle = await site.ask("GET", address, headers=[ORG, ("last-event-id", first.last_id)])
+
+    assert again.reply.headers["stream-replayed-from"] == again.events[1].data["replayed_from"] == "start"
+    assert "stream-replayed-from" not in fresh.reply.headers
+    assert again.text == fresh.text == "a" * 30
     assert idle.status == 204
 
 

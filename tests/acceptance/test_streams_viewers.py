@@ -12,10 +12,10 @@ import pytest
 from oncewise.api.limits import Limits
 from oncewise.errors import Overloaded, ResponseTooLarge
 from tests.support.fake_provider import FakeProvider
-from tests.support.http import JSON, ORG, serve
+from tests.support.http import JSON, ORG, dechunk, read_events, serve
 from tests.support.scripted import ScriptedProvider
 from tests.support.server import serve_process
-from tests.support.watching import until, watching
+from tests.support.watching import terminal, text_of, until, watching
 
 MIB = 2**20
 
@@ -35,6 +35,16 @@ async def never_reads(site, path, body=None, buffer=2048):
     fields = [site.host, ORG] + ([] if body is None else [JSON, ("content-length", str(len(content)))])
     await loop.sock_sendall(client, site.head("GET" if body is None else "POST", path, fields) + content)
     return client
+
+
+async def everything(client):
+    """What a client finds when it reads after all, until its connection ends."""
+    came = b""
+    with contextlib.suppress(ConnectionError):
+        while more := await asyncio.get_running_loop().sock_recv(client, 65536):
+            came += more
+    client.close()
+    return came
 
 
 def unsent(site):
@@ -64,6 +74,37 @@ async def test_a_finished_stream_that_nobody_takes_is_let_go(tmp_path, chars):
     assert max(waiting) <= 256 * 1024
     assert took_s < 3.0
     assert len(reads.text) == chars
+
+
+async def test_a_viewer_that_takes_nothing_of_a_running_stream_is_dropped_and_may_resume(tmp_path):
+    """So many seconds after its buffers were full, and no sooner; the others get each delta, and it loses none."""
+    provider = ScriptedProvider(deltas=[f"<{number:03}>" * 600 for number in range(200)], gap_s=0.01)
+    async with serve(tmp_path, provider, limits=Limits(stall_s=0.7)) as site:
+        thread = await site.thread()
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as reads:
+            client = await never_reads(site, f"/api/threads/{thread}/turns/{reads.turn_id}/stream")
+            reading = asyncio.create_task(reads.rest())
+            await until(lambda: max(unsent(site), default=0) > 64 * 1024)
+            full_s = time.monotonic()
+            most = max(unsent(site))
+            await until(lambda: len(site.server.server_state.connections) == 1)
+            dropped_s = time.monotonic() - full_s
+            assert not reading.done()
+            await reading
+        came = await everything(client)
+        head, _, body = came.partition(b"\r\n\r\n")
+        seen = read_events(dechunk(body).rpartition(b"\n\n")[0] + b"\n\n")
+        last = next(event.id for event in reversed(seen) if event.id)
+        address = f"/api/threads/{thread}/turns/{reads.turn_id}/stream"
+        async with watching(site, address, headers=[("last-event-id", last)]) as resumed:
+            await resumed.rest()
+
+    assert head.startswith(b"HTTP/1.1 200")
+    assert 0.6 < dropped_s < 1.4
+    assert most <= 128 * 1024
+    assert reads.text == provider.text
+    assert text_of(seen) + resumed.text == provider.text
+    assert len(site.provider.calls) == 1
 
 
 async def test_a_client_that_reads_slowly_is_served_to_the_end(tmp_path):
@@ -205,7 +246,9 @@ async def test_the_bounds_of_the_server_are_those_of_the_design(tmp_path):
         log.append("x" * (MIB - 60))
         with pytest.raises(ResponseTooLarge):
             log.append("x" * 200)
-        assert (hub.max_log_bytes, hub.max_total_bytes) == (4 * MIB, 256 * MIB)
+        hubs = [hub, turns.calls.logs, site.services.completions.logs]
+        assert [each.max_log_bytes for each in hubs] == [4 * MIB] * 3
+        assert sum(each.max_total_bytes for each in hubs) == 256 * MIB
 
         thread = await site.thread()
         held = [turns.send(threads.prepare("acme", thread, content=f"m{n}"), "r") for n in range(10_000)]
@@ -222,6 +265,47 @@ async def test_the_bounds_of_the_server_are_those_of_the_design(tmp_path):
                 leaving.enter_context(turns.send(ask, "r"))
             refused = await site.stream(thread)
     assert (refused.status, refused.code, refused.headers["retry-after"]) == (503, "overloaded", "1")
+
+
+async def test_all_streams_together_have_a_limit_of_memory(tmp_path):
+    """At the limit a turn fails with `overloaded`, and the others keep what they have; ended streams make room."""
+    async with serve(tmp_path) as site:
+        hub = site.services.hub
+        logs = [hub.open(("acme", str(number))) for number in range(hub.max_total_bytes // (4 * MIB))]
+        for log in logs:
+            for _ in range(4):
+                log.append("x" * (MIB - 60))
+        thread = await site.thread()
+        rest = hub.max_total_bytes - hub.stats().bytes
+        logs.append(hub.open(("acme", "rest")))
+        logs[-1].append("x" * (rest - 60))
+        with pytest.raises(Overloaded):
+            logs[-1].append("x" * 100)
+        refused = await site.say(thread)
+        logs[0].close("done", {})
+        answered = await site.say(thread)
+
+    assert (refused.status, refused.code) == (503, "overloaded")
+    assert answered.status == 200
+    assert [log.deltas for log in logs] == [4] * (len(logs) - 1) + [1]
+
+
+async def test_an_answer_that_grows_too_large_ends_there(tmp_path):
+    """What fits is shown and kept, as of any turn that fails; the server goes on."""
+    provider = ScriptedProvider(deltas=["x" * (MIB - 100)] * 5, gap_s=0.01)
+    async with serve(tmp_path, provider) as site:
+        thread = await site.thread()
+        async with watching(site, stream_of(thread), {"content": "Hello"}) as watch:
+            await watch.rest()
+        stored = (await site.ask("GET", f"/api/threads/{thread}")).json()["messages"]
+        provider.deltas = ["pong"]
+        after = await site.say(thread, "Again")
+
+    ending = terminal(watch.events)
+    assert (ending.name, ending.data["state"], ending.data["code"]) == ("error", "failed", "response_too_large")
+    assert ending.data["partial_chars"] == len(watch.text) == 4 * (MIB - 100)
+    assert (stored[1]["status"], stored[1]["content"]) == ("partial", watch.text)
+    assert after.status == 200
 
 
 async def test_thirty_two_messages_wait_behind_the_one_that_runs(tmp_path):

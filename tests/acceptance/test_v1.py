@@ -175,6 +175,32 @@ async def test_explain_says_whether_and_why_and_calls_nobody(v1: V1) -> None:
     assert v1.provider.count == 0
 
 
+async def test_the_operator_says_what_shares_for_a_tenant_and_for_a_model(tmp_path: Path) -> None:
+    """A model that always shares, by its alias too; a tenant that never does, whatever it asks for."""
+    settings = {
+        "aliases": {"short": "openai/n2-lat200"},
+        "v1_coalesce_models": {"openai/n2-lat200": "always"},
+        "v1_coalesce_tenants": {"secretive": "off"},
+    }
+    sampled = chat("openai/n2-lat200", temperature=1)
+    async with serve_v1(tmp_path, **settings) as v1:
+        by_name = [v1.post({**sampled, "model": model}) for model in ("short", "openai/n2-lat200")]
+        other_model = [v1.post(chat("openai/n3-lat200", temperature=1)) for _ in range(2)]
+        org = ("x-org-id", "secretive")
+        own = [v1.post(chat("openai/n2-lat200"), [org, ("x-coalesce", "on")]) for _ in range(2)]
+        replies = await asyncio.gather(*by_name, *other_model, *own)
+        roles = [reply.headers["x-coalesce"] for reply in replies]
+        assert sorted(roles[:2]) == ["follower", "leader"]
+        assert roles[2:] == ["bypass"] * 4
+        assert v1.provider.count == 5
+        path = "/v1/coalesce/explain"
+        told = [(await v1.post(body, headers, path)).json() for body, headers in ((sampled, []), (chat(), [org]))]
+    assert [(one["coalesces"], one["policy"], one["reason"]) for one in told] == [
+        (True, "always", "always"),
+        (False, "off", "switched_off"),
+    ]
+
+
 async def test_a_stream_is_resumed_where_it_was_left(v1: V1) -> None:
     """While it runs and after it ended, with the ids that were asked for; for its own tenant."""
     first = await v1.post(chat("openai/n6-gap20", stream=True), [("x-stream-resume", "1")])

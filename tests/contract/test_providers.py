@@ -17,12 +17,13 @@ from oncewise.errors import (
     ProviderProtocolError,
     ProviderRateLimited,
     ProviderTimeout,
+    ProviderUnavailable,
 )
 from oncewise.model import ChatMessage, ChatRequest, CompletionRequest, FinishReason
 from oncewise.ports import Chunk, Completion, Provider, ProviderEvent, TextDelta
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.call import Timers
-from oncewise.providers.catalogue import Quirks
+from oncewise.providers.catalogue import CATALOGUE
 from oncewise.providers.demo import DemoProvider
 from oncewise.providers.gemini import GeminiProvider
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
@@ -356,6 +357,8 @@ async def test_each_timer_ends_a_call_that_takes_too_long(
     await provider.aclose()
     assert (type(error), error.retryable) == (ProviderTimeout, True)
     assert detail in error.detail
+    # Only the answer that was too long for its time came all along: that is no fault of the provider's.
+    assert error.self_inflicted is (detail == "end")
 
 
 async def test_an_answer_is_not_lost_to_what_follows_its_finish_reason(adapter: OpenAICompatibleProvider) -> None:
@@ -481,7 +484,7 @@ async def test_the_body_of_an_error_is_not_read_without_end() -> None:
             provider = OpenAICompatibleProvider.connect("acme", url, None, concurrency=1)
             _, error = await collect(provider, request("m"))
             await provider.aclose()
-        assert (type(error), error.retry_after_s) == (ProviderError, 3.0)
+        assert (type(error), error.retry_after_s) == (ProviderUnavailable, 3.0)
         assert time.monotonic() - begun_s < 2
 
 
@@ -489,7 +492,7 @@ async def test_the_body_of_an_error_is_not_read_without_end() -> None:
 async def test_a_recorded_stream_means_the_same_over_a_socket(fake: FakeProvider, recorded: Recorded) -> None:
     """One byte to a chunk of the body: the finest a network can cut."""
     fake.raw["recorded"] = [bytes([byte]) for byte in recorded.body]
-    quirks = Quirks(done_ends=recorded.done_ends)
+    quirks = CATALOGUE[recorded.provider].quirks
     provider = OpenAICompatibleProvider.connect("acme", fake.base_url, None, concurrency=1, quirks=quirks)
     events, error = await collect(provider, request("recorded"))
     await provider.aclose()

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- made from the code by `make docs` -->", "<!-- end -->"
 _BLOCK = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
 
 COMMANDS = (
-    [], ["serve"], ["demo"], ["burst"], ["ttft"], ["config", "show"], ["db", "current"], ["db", "upgrade"],
+    [], ["serve"], ["demo"], ["doctor"], ["burst"], ["ttft"], ["config", "show"], ["db", "current"], ["db", "upgrade"],
     ["keys", "create"], ["keys", "list"], ["keys", "revoke"],
     ["threads", "export"], ["threads", "import"],
 )  # fmt: skip

@@ -41,9 +41,18 @@ def test_no_file_names_a_registry_host_this_machine_or_an_author_tool(needles: t
     assert found == []
 
 
-def test_the_lock_has_a_hash_for_every_package_and_no_address() -> None:
+def test_every_decision_that_is_referred_to_is_there() -> None:
+    """By its number, wherever it is named, and each number is given once."""
+    numbers = [path.name[:4] for path in (ROOT / "docs/decisions").glob("*.md")]
+    assert sorted(numbers) == [f"{number:04d}" for number in range(1, len(numbers) + 1)]
+    named = {(path, number) for path, text in tracked().items() for number in re.findall(r"decisions/(\d{4})", text)}
+    assert [each for each in named if each[1] not in numbers] == []
+
+
+@pytest.mark.parametrize("path", ["requirements.lock", "tests/langchain/requirements.lock"])
+def test_the_lock_has_a_hash_for_every_package_and_no_address(path: str) -> None:
     """Every line is a pinned name, a hash or a comment."""
-    lock = (ROOT / "requirements.lock").read_text()
+    lock = (ROOT / path).read_text()
     assert "://" not in lock
     packages = re.split(r"\n(?=[a-z])", lock)
     assert all(re.match(r"[a-z0-9-]+(\[[a-z,-]+\])?==\S+ ", package) for package in packages)

@@ -9,7 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "coalescer", "hub"])
+FLEET = ["headline", "viewers", "failover", "costs", "looks", "relay"]
+
+
+@pytest.mark.parametrize("program", ["burst", "memory", "fanout", "slow", "passthrough", "coalescer", "hub", *FLEET])
 def test_program_measures_and_records(program: str) -> None:
     """Each program starts its servers, measures, checks what came back and writes its results."""
     done = subprocess.run(

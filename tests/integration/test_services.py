@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from oncewise.api.sse import SseEncoder
-from oncewise.bootstrap import Services, open_services
+from oncewise.bootstrap import FOLLOWERS_FIRST_S, Services, open_services
 from oncewise.errors import OncewiseError
 from oncewise.model import ChatRequest, TurnState
 from oncewise.ports import Lead, ProviderEvent
+from oncewise.service.accounts import Ended
 from oncewise.settings import Settings, load_settings
 from oncewise.testing import ScriptedProvider
 from tests.support.fake_provider import FakeProvider
@@ -62,7 +63,7 @@ async def test_turns_that_are_lost_while_the_server_runs_are_ended_too(tmp_path:
     async with serving(tmp_path, lease_s=1) as services:
         claim = await lost_turn(services, 0.0)
         assert await state_of(services, claim) is TurnState.PENDING
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(FOLLOWERS_FIRST_S + 5):
             while await state_of(services, claim) is TurnState.PENDING:
                 await asyncio.sleep(0.05)
         assert await state_of(services, claim) is TurnState.INTERRUPTED
@@ -137,9 +138,7 @@ async def test_closing_keeps_the_figures_and_closes_the_connections(tmp_path: Pa
         thread = await services.threads.create("acme")
         with services.turns.send(services.threads.prepare("acme", thread.id, content="Hi", model="n3"), "r") as ticket:
             result = await ticket.result()
-            services.metrics.record(
-                ticket.record(arrived_s=0, ended_s=1, finished_at_ms=1, stream=False, result=result, error_code=None)
-            )
+            services.accounts.close(Ended("r", "acme", "threads", False, 0.0, 1.0, 1, None), ticket, result)
         assert len(fake.connections) == 1
         await services.aclose()
         async with asyncio.timeout(2):

@@ -4,6 +4,7 @@ The rows of the turn ledger's protocol, one by one, with an owner that is late, 
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -294,10 +295,11 @@ async def test_a_fence_does_not_cut_into_the_telling_of_an_end(brief, stage):
 
 
 async def test_a_failure_that_cannot_be_stored_is_told_all_the_same(brief):
-    """As what it was; the row is left to the sweeper, and viewers have their end."""
+    """As what it was, once patience has run out; the row is left to the sweeper, and viewers have their end."""
+    brief.turns.rules = replace(brief.turns.rules, commit_patience_s=0.1)
     thread = await brief.thread()
     brief.provider.failures = [(1, ProviderError("no", retryable=False))]
-    brief.ledger.fail("end", StorageUnavailable())
+    brief.ledger.fail("end", StorageUnavailable(), times=9)
     caller, claim = await leading(brief, thread)
     log = await brief.turns.run_of(thread.org_id, claim.turn_id).watch()
     brief.provider.go.set()
@@ -324,6 +326,35 @@ async def test_shown_text_of_a_lost_owner_is_kept_and_not_replaced(held):
     assert error.retryable
     assert await held.messages(thread) == [("user", "Hello"), ("assistant", "so far")]
     assert held.provider.calls == []
+
+
+@pytest.mark.parametrize(("operation", "times"), [("take_over", 3), ("take_over", 5), ("position", 3)])
+async def test_a_takeover_waits_for_a_database_that_is_busy(held, operation, times):
+    """The lost owner may hold the row in a transaction that is never ended by itself; who waits goes on waiting.
+
+    Also for longer than a lease, which is counted from the attempt that succeeds: from the first, it would be over.
+    """
+    thread = await held.thread()
+    await lost(held, thread)
+    held.ledger.fail(operation, StorageUnavailable(), times=times)
+    waiting = asyncio.create_task(held.post(thread))
+    async with asyncio.timeout(10):
+        await held.provider.started.wait()
+    await asyncio.sleep(0.1)
+    held.provider.go.set()
+
+    assert (await waiting).stored.state is TurnState.COMPLETED
+    assert len(held.provider.calls) == 1
+
+
+async def test_a_lost_turn_is_ended_by_a_database_that_is_busy(held):
+    """Text of it was shown, so that who waits is told of the loss, and not that the database is away."""
+    thread = await held.thread()
+    await held.ledger.mark_visible(await lost(held, thread))
+    held.ledger.fail("end", StorageUnavailable(), times=3)
+
+    with pytest.raises(LeaderLost):
+        await held.post(thread)
 
 
 async def test_a_turn_that_lost_two_owners_is_not_tried_again(held):

@@ -28,11 +28,25 @@ from oncewise.errors import (
     TurnCancelled,
     WaitTimeout,
 )
-from oncewise.model import ChatMessage, ChatRequest, MessageStatus, OnBusy, OnDisconnect, Params, TurnState
+from oncewise.model import (
+    Answer,
+    ChatMessage,
+    ChatRequest,
+    FinishReason,
+    MessageStatus,
+    OnBusy,
+    OnDisconnect,
+    Params,
+    Thread,
+    TurnClaim,
+    TurnState,
+    Usage,
+)
 from oncewise.ports import TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.service.calls import Calls
+from oncewise.service.turns import TurnRun
 from oncewise.storage.threads import SqlThreadStore
 from tests.support.fake_provider import FakeProvider
 from tests.support.ledgers import DisturbedLedger
@@ -539,10 +553,10 @@ async def test_the_last_of_two_flights_to_lose_interest_stops_the_call(held):
     turn = await held.threads.active(thread.org_id, thread.id)
     keyless = asyncio.create_task(caller("keyless"))
     await until(lambda: held.threads.requesters(thread.org_id, turn.id) == 2)
-    held.turns.cancel_request("org_a", "keyed")
+    await held.turns.cancel_request("org_a", "keyed")
     await until(lambda: held.threads.requesters(thread.org_id, turn.id) == 1)
     assert held.provider.running == 1
-    held.turns.cancel_request("org_a", "keyless")
+    await held.turns.cancel_request("org_a", "keyless")
     async with asyncio.timeout(1):
         while held.provider.running:
             await asyncio.sleep(0.005)
@@ -639,6 +653,18 @@ async def test_the_queue_of_a_thread_is_bounded_and_may_be_refused(held):
     assert (await callers[0]).stored.state is TurnState.COMPLETED
     await held.settled()
     assert len(held.provider.calls) == 1
+
+
+async def test_the_wait_behind_another_turn_counts_as_waiting(held):
+    """The caller is told of it, with how many turns came first."""
+    thread = await held.thread()
+    first, second, third = (asyncio.create_task(held.post(thread, f"m{number}")) for number in range(3))
+    await held.provider.started.wait()
+    await asyncio.sleep(0.2)
+    held.provider.go.set()
+    results = [await first, await second, await third]
+    assert [result.queued_behind for result in results] == [0, 1, 2]
+    assert results[0].queue_wait_ms < 150 < results[1].queue_wait_ms < results[2].queue_wait_ms
 
 
 async def test_the_same_prompt_in_twenty_threads_is_one_call_and_twenty_pairs(desk):
@@ -764,23 +790,41 @@ async def test_a_request_is_withdrawn_alone_and_the_last_one_stops_the_call(held
     callers = [asyncio.create_task(caller(f"c{number}")) for number in range(3)]
     await held.provider.started.wait()
     with pytest.raises(NotFound):
-        held.turns.cancel_request("org_b", "c1")
-    held.turns.cancel_request("org_a", "c0")
+        await held.turns.cancel_request("org_b", "c1")
+    await held.turns.cancel_request("org_a", "c0")
     with pytest.raises(TurnCancelled):
         await callers[0]
     assert held.provider.running == 1
-    held.turns.cancel_request("org_a", "c1")
-    held.turns.cancel_request("org_a", "c2")
+    await held.turns.cancel_request("org_a", "c1")
+    await held.turns.cancel_request("org_a", "c2")
     async with asyncio.timeout(1):
         while held.provider.running:
             await asyncio.sleep(0.005)
     for task in callers[1:]:
         with pytest.raises(TurnCancelled):
             await task
-    with pytest.raises(NotFound):
-        held.turns.cancel_request("org_a", "c0")
+    assert await held.turns.cancel_request("org_a", "c0")
+    for org_id, request_id in (("org_b", "c1"), ("org_a", "nobody")):
+        with pytest.raises(NotFound):
+            await held.turns.cancel_request(org_id, request_id)
     await held.settled()
     assert await held.messages(thread) == []
+
+
+async def test_the_ends_of_the_last_requests_are_remembered(desk):
+    """So many and no more; the same id again is the newest."""
+    thread = await desk.thread()
+    desk.turns._ended = {("org_a", str(number)): True for number in range(10_000)}
+    with desk.turns.send(desk.ask(thread), "1") as ticket:
+        await ticket.result()
+    assert not await desk.turns.cancel_request("org_a", "1")
+    with desk.turns.send(desk.ask(thread), "new") as ticket:
+        await ticket.result()
+
+    assert len(desk.turns._ended) == 10_000
+    assert list(desk.turns._ended)[-2:] == [("org_a", "1"), ("org_a", "new")]
+    with pytest.raises(NotFound):
+        await desk.turns.cancel_request("org_a", "0")
 
 
 async def test_cancelling_a_turn_twice_is_cancelling_it_once(held):
@@ -1019,25 +1063,116 @@ async def test_an_answer_that_cannot_be_stored_is_not_told_as_done(tmp_path):
         assert error.code == "not_persisted"
 
 
+async def test_a_pause_of_the_database_does_not_end_a_running_turn(tmp_path):
+    """The first delta waits until the turn is marked visible; nobody fails because that took a while."""
+    async with open_desk(tmp_path / "ow.db", ledger=DisturbedLedger) as desk:
+        desk.ledger.fail("mark_visible", StorageUnavailable(), times=2)
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            result = await ticket.result()
+
+        assert b"".join([chunk async for chunk in log.view()]) == b"pong"
+        assert result.stored.visible
+
+
+async def test_a_failure_is_stored_before_it_is_told(tmp_path):
+    """Though the database was away for a moment: else the row would end in another way than its callers were told."""
+    provider = ScriptedProvider(deltas=["half"])
+    provider.failures = [(1, ProviderProtocolError())]
+    async with open_desk(tmp_path / "ow.db", provider, ledger=DisturbedLedger) as desk:
+        desk.ledger.fail("end", StorageUnavailable(), times=2)
+        thread = await desk.thread()
+
+        error = await desk.outcome(thread)
+
+        stored = (await desk.threads.get(thread.org_id, thread.id)).messages[1]
+        turn = await desk.ledger.turn(thread.org_id, thread.id, stored.turn_id)
+        assert (error.code, turn.failure_code, stored.content) == ("provider_protocol", "provider_protocol", "half")
+
+
+# -- lost leaders ------------------------------------------------------------------------------------------------
+
+
+OTHERS = Answer("PONG", FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1)
+
+
+async def fenced(desk: Desk, thread: Thread) -> tuple[TurnRun, TurnClaim]:
+    """The run of a thread's active turn, and the claim of the owner that took the turn from it."""
+    await desk.provider.started.wait()
+    turn = await desk.ledger.active(thread.org_id, thread.id)
+    run = desk.turns.run_of(thread.org_id, turn.id)
+    await desk.ledger.release(run._claim)
+    taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
+    assert taken is not None
+    return run, taken
+
+
 async def test_a_fenced_leader_serves_what_another_stored(tmp_path):
     """Its own text is discarded: told is stored."""
     async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
         thread = await desk.thread()
         caller = asyncio.create_task(desk.post(thread))
-        await desk.provider.started.wait()
-        turn = await desk.ledger.active(thread.org_id, thread.id)
-        run = desk.turns.run_of(thread.org_id, turn.id)
-        await desk.ledger.release(run._claim)
-        taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
-        other = desk.provider.text.upper()
+        _, taken = await fenced(desk, thread)
         desk.provider.go.set()
         await asyncio.sleep(0.05)
-        from oncewise.model import Answer, FinishReason, Usage
 
-        await desk.ledger.commit(taken, Answer(other, FinishReason.STOP, Usage(1, 1), model="m", call_id="c", deltas=1))
+        await desk.ledger.commit(taken, OTHERS)
 
         assert (await caller).stored.assistant_message.content == "PONG"
         assert await desk.messages(thread) == [("user", "Hello"), ("assistant", "PONG")]
+
+
+async def test_a_leader_that_is_fenced_twice_still_tells_how_its_turn_ended(tmp_path):
+    """By the first delta and by the heartbeat: the second must not interrupt the look at the row."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True), lease_s=0.3) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            await ticket.admitted()
+            log = await ticket.watch()
+            run, taken = await fenced(desk, thread)
+            run._fence()
+            await asyncio.sleep(0.3)  # a heartbeat later
+
+            await desk.ledger.commit(taken, OTHERS)
+
+            assert (await ticket.result()).stored.assistant_message.content == "PONG"
+            assert b"".join([chunk async for chunk in log.view()]) == b"PONG"
+
+
+async def test_what_a_fenced_leader_has_is_shown_to_nobody(tmp_path):
+    """Deltas that no viewer had asked for yet, and a viewer that asks after the turn was taken over."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(deltas=["po", "ng"], gap_s=0.1)) as desk:
+        thread = await desk.thread()
+        with desk.turns.send(desk.ask(thread), "r") as ticket:
+            run, taken = await fenced(desk, thread)
+            while run.log is None or run.log.deltas == 0:
+                await asyncio.sleep(0.01)
+            watching = asyncio.create_task(ticket.watch())
+            await asyncio.sleep(0.05)
+            await desk.ledger.end(
+                taken, TurnState.FAILED, ProviderError().failure(), partial="PO", partial_seq=1, call_id=None
+            )
+            log = await watching
+
+            assert b"".join([chunk async for chunk in log.view()]) == b"PO"
+            with pytest.raises(ProviderError):
+                await ticket.result()
+
+
+async def test_a_turn_that_outlived_its_lease_is_ended_by_its_owner(tmp_path):
+    """The database was away for longer than the lease: nobody took the turn over, so nobody else would end it."""
+    async with open_desk(tmp_path / "ow.db", ScriptedProvider(held=True)) as desk:
+        thread = await desk.thread()
+        caller = asyncio.create_task(desk.outcome(thread))
+        await desk.provider.started.wait()
+        turn = await desk.ledger.active(thread.org_id, thread.id)
+
+        desk.turns.run_of(thread.org_id, turn.id)._fence()
+
+        assert (await caller).code == "leader_lost"
+        assert (await desk.ledger.turn(thread.org_id, thread.id, turn.id)).state is TurnState.INTERRUPTED
 
 
 async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
@@ -1052,6 +1187,49 @@ async def test_a_turn_of_a_lost_process_is_taken_over(tmp_path):
         assert result.stored.epoch == 2
         assert role in ("leader", "follower")
         assert len(await desk.messages(thread)) == 2
+
+
+class LastMoment:
+    """The real ledger, whose lost owner shows its first text in the moment before it is fenced."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def take_over(self, claim: TurnClaim, **owner: Any) -> TurnClaim | None:
+        assert await self._ledger.mark_visible(claim)
+        return await self._ledger.take_over(claim, **owner)
+
+
+async def test_text_shown_in_the_last_moment_is_not_replaced(tmp_path):
+    """The row is looked at again under the new epoch: the turn is interrupted and nobody is called."""
+    async with open_desk(tmp_path / "ow.db", ledger=LastMoment, lease_s=0.2) as desk:
+        thread = await desk.thread()
+        await desk.ledger.admit(desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32)
+
+        assert (await desk.outcome(thread)).code == "leader_lost"
+        assert desk.provider.calls == []
+
+
+async def test_turns_of_a_lost_process_keep_their_order(tmp_path):
+    """Whoever asks first again: the later turn waits for the earlier one, and its prompt holds it."""
+    async with open_desk(tmp_path / "ow.db", lease_s=0.2) as desk:
+        thread = await desk.thread()
+        for content in ("one", "two"):
+            await desk.ledger.admit(
+                desk.ask(thread, content), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
+            )
+        await asyncio.sleep(0.06)
+
+        later = asyncio.create_task(desk.post(thread, "two"))
+        await asyncio.sleep(0.1)
+        await desk.post(thread, "one")
+        await later
+
+        assert [text for _, text in await desk.messages(thread)] == ["one", "pong", "two", "pong"]
+        assert [len(call.messages) for call in desk.provider.calls] == [1, 3]
 
 
 async def test_shutting_down_hands_a_turn_back(tmp_path):

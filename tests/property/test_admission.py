@@ -13,8 +13,7 @@ from oncewise.errors import HeadMoved, IdempotencyMismatch, NotFound, OncewiseEr
 from oncewise.model import OnBusy, TurnAsk, TurnClaim, TurnState
 from oncewise.ports import Admission, Follow, Lead, Replay
 from oncewise.storage.ledger import SqlTurnLedger
-from oncewise.storage.sqlite import open_sqlite
-from tests.support.storage import LOST, OVERLOADED, REFUSED, Storage, answer, ask, ids, storage_on
+from tests.support.storage import ENGINES, LOST, OVERLOADED, REFUSED, Storage, answer, ask, ids
 
 DAY_MS = 86_400_000
 WINDOW_MS = 30_000
@@ -300,14 +299,15 @@ class History:
         assert len(await self.ledger.history(org, thread)) == 2 * completed
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Generator[tuple[asyncio.Runner, Storage], None, None]:
+@pytest.fixture(scope="module", params=ENGINES)
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Generator[tuple[asyncio.Runner, Storage], None, None]:
     """One loop and one database for all histories: each has threads of its own."""
     with asyncio.Runner() as runner:
-        path = str(tmp_path_factory.mktemp("admission") / "x.db")
-        database = runner.run(open_sqlite(path, owner="w"))
-        yield runner, storage_on(database)
-        runner.run(database.aclose())
+        opening = ENGINES[request.param](tmp_path_factory.mktemp("admission"))
+        yield runner, runner.run(opening.__aenter__())
+        runner.run(opening.__aexit__(None, None, None))
 
 
 def plain(content: str = "a", key: str | None = None, parent: str | None = None) -> Admit:

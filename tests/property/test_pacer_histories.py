@@ -11,6 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from oncewise.core.pacing import Gcra, LocalLimiter, Pacer, PacerStats
+from oncewise.core.throttle import Throttle
+from oncewise.errors import StorageUnavailable
 from tests.support.virtual_time import run_virtual, turns, virtual_loop
 
 TENANTS = ("a", "b", "c")
@@ -18,7 +20,9 @@ Op = tuple[str, int, int]
 
 ops = st.lists(
     st.tuples(
-        st.sampled_from(["ask"] * 6 + ["leave", "leave", "leave-later", "pass", "pass", "oversleep"]),
+        st.sampled_from(
+            ["ask"] * 6 + ["leave", "leave", "leave-later", "pass", "pass", "oversleep", "refused", "away"]
+        ),
         st.integers(0, 11),
         st.integers(0, 4),
     ),
@@ -52,7 +56,7 @@ class Line:
         self.pacer = Pacer(limiter, concurrency=self.concurrency, max_wait_s=1e6)
 
     async def call(self, caller: Caller, lasts_s: float) -> None:
-        async with self.pacer.permit(caller.tenant):
+        async with self.pacer.permit(caller.tenant, group=caller.tenant):
             caller.started_s = virtual_loop().time()
             self.started.append(caller)
             self.running += 1
@@ -67,7 +71,7 @@ class Line:
             self.step(name, n)
             await (asyncio.sleep(n / 5) if name == "pass" else turns(loop_turns))
         await asyncio.gather(*(caller.task for caller in self.callers if caller.task), return_exceptions=True)
-        assert self.pacer.stats() == PacerStats(waiting=0, running=0, tenants=0)
+        assert self.pacer.stats() == PacerStats(0, 0, 0, self.pacer.stats().rate_share)
         await self.check_that_nothing_is_lost()
         self.check_spacing()
         self.check_order()
@@ -86,6 +90,10 @@ class Line:
                 cancel() if name == "leave" else virtual_loop().call_later(n / 5, virtual_loop().call_soon, cancel)
         elif name == "oversleep":
             virtual_loop().oversleep(n / 10)
+        elif name == "refused":
+            self.pacer.slow_down(virtual_loop().time() - n / 10, n / 5 if n % 2 else None)
+        elif name == "away":
+            self.pacer.turn_away(TENANTS[n % len(TENANTS)], StorageUnavailable().failure())
 
     async def check_that_nothing_is_lost(self) -> None:
         """All places are free again: as many calls as may run at a time get through."""
@@ -105,6 +113,8 @@ class Line:
             for last in range(first + burst, len(times)):
                 earned = (last - first + 1 - burst) / self.rate
                 assert times[last] - times[first] >= earned - 0.005, "too soon"
+        for first, next_second in zip(times, times[max(1, int(self.rate)) :], strict=False):
+            assert next_second - first >= 0.995, "too many in a second"
 
     def check_order(self) -> None:
         """Within a tenant, first come is first served."""
@@ -176,3 +186,43 @@ def test_gcra_is_a_token_bucket(rate: int, burst: int, history: list[tuple[str, 
         now_s += elapsed_ms * MILLISECOND
         assert gcra.reserve(float(now_s)) == pytest.approx(float(bucket.reserve(now_s)), abs=1e-9)
         reserved = True
+
+
+refusals = st.lists(
+    st.tuples(st.floats(0, 40), st.floats(0, 5), st.sampled_from([None, 0.0, 0.5, 12.0]), st.booleans()), max_size=30
+)
+
+
+@given(refusals)
+@example([(0.0, 0.0, None, False)] * 9)
+def test_the_share_of_the_rate_by_brute_force(history: list[tuple[float, float, float | None, bool]]) -> None:
+    """Halved once for each refusal that was not under way already, 5 % more for each second after a pause, and never
+    outside of 5 to 100 %; a pause is what the provider says, or 1 s doubling to 30."""
+    throttle, now_s = Throttle(), 0.0
+    share, clean_from_s, known_s, strikes = 1.0, 0.0, float("-inf"), 0
+    for pass_s, ago_s, retry_after_s, accepted in history:
+        now_s += pass_s
+        share = min(1.0, share + 0.05 * max(0.0, now_s - max(clean_from_s, now_s - pass_s)))
+        assert throttle.share(now_s) == pytest.approx(share)
+        began_s = now_s - ago_s
+        if accepted:
+            throttle.accepted(began_s)
+            strikes = 0 if began_s >= known_s else strikes
+            continue
+        pause_s = throttle.refused(began_s, now_s, retry_after_s)
+        expected_s = retry_after_s or 0.0
+        if began_s >= known_s:
+            known_s, share = now_s, max(0.05, share / 2)
+            if retry_after_s is None:
+                expected_s, strikes = min(30.0, 2.0**strikes), strikes + 1
+        assert pause_s == expected_s
+        clean_from_s = max(clean_from_s, now_s + pause_s)
+
+
+@given(st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.77, 0.99]), st.integers(1, 500))
+def test_unused_starts_keep_the_share_to_within_one(share: float, calls: int) -> None:
+    """Of all starts that were booked the share is used, at any time."""
+    throttle = Throttle()
+    throttle._share, throttle._clean_from_s = share, 1e9
+    booked = sum(1 + throttle.starts_to_skip(0.0) for _ in range(calls))
+    assert abs(booked - calls / share) <= 1.0

@@ -18,7 +18,9 @@ Op = tuple[str, int, int]
 ops = st.lists(
     st.tuples(
         st.sampled_from(
-            ["append"] * 6 + ["note", "view", "view", "resume", "read", "take", "take", "leave", "restart", "close"]
+            ["append"] * 6
+            + ["note", "view", "view", "resume", "read", "feed", "feed", "jam"]
+            + ["take", "take", "leave", "restart", "close"]
         ),
         st.integers(0, 30),
         st.integers(0, 3),
@@ -48,6 +50,12 @@ class Screen:
     ended: int = 0
     frames: list[list[Any]] = field(default_factory=list)
     reading: asyncio.Task[None] | None = None
+    jammed: bool = False
+
+    def push(self, chunk: bytes) -> bool:
+        if not self.jammed:
+            self.show(chunk)
+        return not self.jammed
 
     def show(self, chunk: bytes) -> None:
         for line in chunk.splitlines():
@@ -138,6 +146,18 @@ class History:
             screen = manual[n % len(manual)]
             screen.reading = asyncio.create_task(screen.read())
 
+    def feed(self, n: int) -> None:
+        """Read with a sink, which takes what is published before the task could."""
+        if manual := [each for each in self.screens if each.reading is None and not each.viewer.ended]:
+            manual[n % len(manual)].viewer.push_to(manual[n % len(manual)])
+            self.read(n)
+
+    def jam(self, n: int) -> None:
+        """A sink takes nothing, or again."""
+        if self.screens:
+            screen = self.screens[n % len(self.screens)]
+            screen.jammed = not screen.jammed
+
     def take(self, n: int) -> None:
         if manual := [each for each in self.screens if each.reading is None]:
             screen = manual[n % len(manual)]
@@ -184,6 +204,8 @@ class History:
 @example([("append", 0, 0), ("view", 0, 0), ("take", 0, 0), ("restart", 0, 0), ("restart", 0, 0), ("append", 0, 0)])
 @example([("append", 0, 0), ("note", 0, 0), ("close", 0, 0), ("resume", 6, 0)])
 @example([("close", 0, 0), ("resume", 3, 0), ("leave", 0, 0)])
+@example([("view", 0, 0), ("feed", 0, 2), ("append", 0, 0), ("jam", 0, 0), *[("append", 0, 0)] * 2, ("note", 0, 2)])
+@example([("view", 0, 0), ("feed", 0, 2), ("note", 0, 0), ("append", 0, 0), ("restart", 0, 2), ("append", 0, 0)])
 @example([("append", 0, 0), ("view", 0, 0), ("read", 0, 2), ("append", 0, 0), ("append", 0, 0), ("close", 0, 0)])
 def test_histories(history: list[Op]) -> None:
     """Every screen ends with the log's text, whenever it came, however it read, and wherever it resumed."""

@@ -27,9 +27,10 @@ err503      this status instead of an answer, after the latency
 p30         `err` hits 30 % of the calls, evenly spread
 first2      `err` hits the first 2 calls of this model name
 retryafter7 seconds in the Retry-After header of `err` (429: 1; else no header)
-retrydate7  the same, as an HTTP-date
+retrydate7  the same, as an HTTP-date; `noretryafter`: no such header, with 429 either
 redirect    307 to the same server
-cut5        the connection breaks inside the body after 5 deltas (JSON: after half of the body)
+cut5        the connection breaks inside the body after 5 deltas (JSON: after half of the body); `midchunk`: inside of a
+            chunk, and of the next delta
 stall5      falls silent after 5 deltas; the connection stays open
 hang        never sends a byte
 reset       resets the connection before the first byte
@@ -93,7 +94,7 @@ _FLAGS = frozenset({
     "redirect", "hang", "reset", "html200", "json200", "gzip", "empty", "doneonly", "nochoices", "nofinish", "nodone",
     "nullfinish", "length", "filter", "oddfinish", "badjson", "badutf8", "arrayjson", "errinstream", "pings",
     "emptydeltas", "hugeevent", "cronly", "crlf", "u2028", "bom", "split1", "close", "dup", "index1", "reasoning",
-    "afterdone", "nousage", "moonshotusage", "citations", "cost", "costobject",
+    "afterdone", "nousage", "moonshotusage", "citations", "cost", "costobject", "noretryafter", "midchunk",
 })  # fmt: skip
 _SWITCH = re.compile(rf"({'|'.join(_NUMBERS)})(\d+)")
 _PADDING = "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor "
@@ -190,12 +191,14 @@ class FakeProvider:
     Attributes:
         calls: The latest 100,000 calls, oldest first.
         raw: Model name → chunks of a recorded body, sent as they are in an event stream.
+        second_s: How long the second is for `rps` and the figures; a little less forgives a busy machine its delays.
     """
 
     def __init__(self, default: str = "", *, port: int = 0) -> None:
         self.default = default
         self.port = port
         self.raw: dict[str, list[bytes]] = {}
+        self.second_s = 1.0
         self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._changed = asyncio.Condition()
@@ -267,7 +270,7 @@ class FakeProvider:
         call = Call(self.count, time.monotonic(), headers, body, url)
         self.calls.append(call)
         self._second.append(call.started_s)
-        while self._second[0] < call.started_s - 1:
+        while self._second[0] < call.started_s - self.second_s:
             self._second.popleft()
         self.max_in_second = max(self.max_in_second, len(self._second))
         async with self._changed:
@@ -283,10 +286,10 @@ class FakeProvider:
     def wait_s(self, calls_per_s: int) -> float:
         """Take a place in the sliding second; seconds until there is one if it is full, else 0."""
         now = time.monotonic()
-        while self._accepted and self._accepted[0] <= now - 1:
+        while self._accepted and self._accepted[0] <= now - self.second_s:
             self._accepted.popleft()
         if len(self._accepted) >= calls_per_s:
-            return self._accepted[0] + 1 - now
+            return self._accepted[0] + self.second_s - now
         self._accepted.append(now)
         return 0.0
 
@@ -530,7 +533,9 @@ class _Body:
             await self.connection.write(b"0\r\n\r\n")
         return "ok"
 
-    def cut(self) -> str:
+    async def cut(self) -> str:
+        if "midchunk" in self.script:
+            await self.connection.write(b'ff\r\ndata: {"choices":[{"index":0,"delta":{"content":"lost')
         return self.connection.break_connection()
 
 
@@ -557,10 +562,10 @@ class Story:
             await self.prelude()
             async for index in self.ticks():
                 if index == script["cut"]:
-                    return body.cut()
+                    return await body.cut()
                 await self.delta(index)
             if script["cut"] == script["n"]:
-                return body.cut()
+                return await body.cut()
             await self.trouble()
             await self.finish()
         if "nodone" not in script:
@@ -662,7 +667,7 @@ def _retry_after(script: Script) -> str:
         return formatdate(time.time() + script["retrydate"], usegmt=True)
     if script["retryafter"] >= 0:
         return str(script["retryafter"])
-    return "1" if script["err"] == 429 else ""
+    return "1" if script["err"] == 429 and "noretryafter" not in script else ""
 
 
 async def _serve(port: int, default: str) -> None:

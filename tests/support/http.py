@@ -12,7 +12,8 @@ import uvicorn
 
 from oncewise.api.app import App
 from oncewise.api.limits import Limits
-from oncewise.api.server import Server, listen
+from oncewise.api.server import Server
+from oncewise.api.sockets import listen
 from oncewise.api.sse import SseEncoder
 from oncewise.bootstrap import Services, open_services
 from oncewise.core.pacing import LocalLimiter, Pacer

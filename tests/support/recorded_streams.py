@@ -8,18 +8,22 @@ from dataclasses import dataclass, field
 from oncewise.model import FinishReason, Usage
 from oncewise.ports import Completion
 
-__all__ = ["ANTHROPIC_RECORDED", "GEMINI_RECORDED", "RECORDED", "Native", "Recorded"]
+__all__ = ["ANTHROPIC_RECORDED", "GEMINI_RECORDED", "RECORDED", "WHOLE", "Native", "Recorded"]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One stream and what it means."""
+    """One stream and what it means.
+
+    Attributes:
+        provider: Its name in the catalogue, whose quirks are needed to read it.
+    """
 
     name: str
     body: bytes
     text: str
     completion: Completion
-    done_ends: bool = False
+    provider: str = "openai"
 
 
 _OPENAI = (
@@ -74,6 +78,61 @@ _OLLAMA = (
     'data: {"id":"o1","object":"chat.completion.chunk","model":"llama3.2","choices":[],"usage":{"prompt_tokens":6,"completion_tokens":1,"total_tokens":7}}\n\n'
     "data: [DONE]\n\n"
 )
+_GROQ = (
+    'data: {"id":"chatcmpl-g","object":"chat.completion.chunk","created":1,"model":"gemma2-9b-it","system_fingerprint":"fp_1","choices":[{"index":0,'
+    '"delta":{"role":"assistant","content":"","tool_calls":[]},"logprobs":null,"finish_reason":null}],"x_groq":{"id":"req_1"}}\n\n'
+    'data: {"id":"chatcmpl-g","object":"chat.completion.chunk","created":1,"model":"gemma2-9b-it","choices":[{"index":0,'
+    '"delta":{"content":"Hé","tool_calls":[]},"logprobs":null,"finish_reason":null}]}\n\n'
+    'data: {"id":"chatcmpl-g","object":"chat.completion.chunk","created":1,"model":"gemma2-9b-it","choices":[{"index":0,"delta":{},"logprobs":null,'
+    '"finish_reason":"stop"}],"x_groq":{"id":"req_1","usage":{"queue_time":0.02,"prompt_tokens":10,"completion_tokens":2,"total_tokens":12}}}\n\n'
+    'data: {"id":"chatcmpl-g","object":"chat.completion.chunk","created":1,"model":"gemma2-9b-it","choices":[],"usage":{"queue_time":0.02,'
+    '"prompt_tokens":10,"completion_tokens":2,"total_tokens":12}}\n\n'
+    "data: [DONE]\n\n"
+)
+_DEEPSEEK = (
+    ": keep-alive\n\n: keep-alive\n\n"
+    'data: {"id":"d1","object":"chat.completion.chunk","created":1,"model":"deepseek-flash","choices":[{"index":0,"delta":{"role":"assistant",'
+    '"content":null,"reasoning_content":"Hm. "},"logprobs":null,"finish_reason":null}]}\n\n: keep-alive\n\n'
+    'data: {"id":"d1","object":"chat.completion.chunk","created":1,"model":"deepseek-flash","choices":[{"index":0,"delta":{"content":null,'
+    '"reasoning_content":"好"},"logprobs":null,"finish_reason":null}]}\n\n'
+    'data: {"id":"d1","object":"chat.completion.chunk","created":1,"model":"deepseek-flash","choices":[{"index":0,"delta":{"content":"答",'
+    '"reasoning_content":null},"logprobs":null,"finish_reason":null}]}\n\n'
+    'data: {"id":"d1","object":"chat.completion.chunk","created":1,"model":"deepseek-flash","choices":[{"index":0,"delta":{"content":"",'
+    '"reasoning_content":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":17,"completion_tokens":9,"total_tokens":26,'
+    '"completion_tokens_details":{"reasoning_tokens":7},"prompt_cache_hit_tokens":0,"prompt_cache_miss_tokens":17}}\n\n'
+    "data: [DONE]\n\n"
+)
+_XAI = (
+    'data: {"id":"x1","object":"chat.completion.chunk","created":1,"model":"grok-4.3","choices":[{"index":0,"delta":{"role":"assistant","content":"Hi"}}],'
+    '"usage":{"prompt_tokens":41,"completion_tokens":0,"total_tokens":41,"num_sources_used":0},"system_fingerprint":"fp_2"}\n\n'
+    'data: {"id":"x1","object":"chat.completion.chunk","created":1,"model":"grok-4.3","choices":[{"index":0,"delta":{"role":"assistant","content":"!"},'
+    '"finish_reason":"stop"}],"usage":{"prompt_tokens":41,"completion_tokens":2,"total_tokens":43,"num_sources_used":1},"citations":["https://example.org/a"]}\n\n'
+    "data: [DONE]\n\n"
+)
+_TOOLS = (
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","service_tier":"default","system_fingerprint":"fp_3","choices":'
+    '[{"index":0,"delta":{"role":"assistant","content":null,"tool_calls":[{"index":0,"id":"call_A","type":"function","function":{"name":"weather",'
+    '"arguments":""}}],"refusal":null},"logprobs":null,"finish_reason":null}],"usage":null,"obfuscation":"x1"}\n\n'
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,'
+    '"function":{"arguments":"{\\"city\\": \\"K"}}]},"logprobs":null,"finish_reason":null}],"usage":null,"obfuscation":"x22"}\n\n'
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,'
+    '"function":{"arguments":"öln\\"}"}}]},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{"tool_calls":[{"index":1,"id":"call_B",'
+    '"type":"function","function":{"name":"now","arguments":"{}"}}]},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{},"logprobs":null,'
+    '"finish_reason":"tool_calls"}],"usage":null}\n\n'
+    'data: {"id":"chatcmpl-t","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[],"usage":{"prompt_tokens":60,"completion_tokens":31,'
+    '"total_tokens":91,"prompt_tokens_details":{"cached_tokens":0}}}\n\n'
+    "data: [DONE]\n\n"
+)
+_LOGPROBS = (
+    'data: {"id":"chatcmpl-l","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{"role":"assistant","content":"é"},'
+    '"logprobs":{"content":[{"token":"é","logprob":-0.5,"bytes":[195,169],"top_logprobs":[]}],"refusal":null},"finish_reason":null}]}\n\n'
+    'data: {"id":"chatcmpl-l","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{"content":"!"},'
+    '"logprobs":{"content":[{"token":"!","logprob":-0.1,"bytes":[33],"top_logprobs":[]}],"refusal":null},"finish_reason":null}]}\n\n'
+    'data: {"id":"chatcmpl-l","object":"chat.completion.chunk","created":7,"model":"gpt-6","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}]}\n\n'
+    "data: [DONE]\n\n"
+)
 _ODD = (
     "\ufeff: a mark first, lines that end with CR, an event over two lines, fields nobody asked for\r\r"
     "id: 7\rretry: 3000\revent: chunk\r"
@@ -91,15 +150,173 @@ RECORDED = (
         _PERPLEXITY.encode(),
         "Yes [1]",
         Completion(FinishReason.STOP, Usage(3, 2), "sonar", _CITED, 0.0051),
+        "perplexity",
     ),
-    Recorded("moonshot", _MOONSHOT.encode(), "你好", Completion(FinishReason.LENGTH, Usage(8, 2), "kimi-k2.6")),
+    Recorded("moonshot", _MOONSHOT.encode(), "你好", Completion(FinishReason.LENGTH, Usage(8, 2), "kimi-k2.6"), "kimi"),
     Recorded(
-        "openrouter", _OPENROUTER.encode(), "Hi", Completion(FinishReason.STOP, Usage(5, 1), "x/y", None, 0.00042)
+        "openrouter",
+        _OPENROUTER.encode(),
+        "Hi",
+        Completion(FinishReason.STOP, Usage(5, 1), "x/y", None, 0.00042),
+        "openrouter",
     ),
-    Recorded("mistral", _MISTRAL.encode(), "Bonjour", Completion(FinishReason.LENGTH, Usage(4, 3), "magistral")),
-    Recorded("ollama", _OLLAMA.encode(), "Yo", Completion(FinishReason.STOP, Usage(6, 1), "llama3.2"), done_ends=True),
+    Recorded(
+        "mistral", _MISTRAL.encode(), "Bonjour", Completion(FinishReason.LENGTH, Usage(4, 3), "magistral"), "mistral"
+    ),
+    Recorded("ollama", _OLLAMA.encode(), "Yo", Completion(FinishReason.STOP, Usage(6, 1), "llama3.2"), "ollama"),
+    Recorded("groq", _GROQ.encode(), "Hé", Completion(FinishReason.STOP, Usage(10, 2), "gemma2-9b-it"), "groq"),
+    Recorded(
+        "deepseek", _DEEPSEEK.encode(), "答", Completion(FinishReason.STOP, Usage(17, 9), "deepseek-flash"), "deepseek"
+    ),
+    Recorded("xai", _XAI.encode(), "Hi!", Completion(FinishReason.STOP, Usage(41, 2), "grok-4.3", _CITED), "xai"),
+    Recorded("logprobs", _LOGPROBS.encode(), "é!", Completion(FinishReason.STOP, None, "gpt-6")),
     Recorded("odd", _ODD.encode(), "a\u2028b\u0085c", Completion(FinishReason.STOP, None, "odd")),
 )
+
+_HEAD = {"object": "chat.completion", "created": 1}
+_PLAIN = {"index": 0, "finish_reason": "stop", "logprobs": None}
+WHOLE = {
+    "openai-tools": (
+        "openai",
+        _TOOLS.encode(),
+        {
+            "id": "chatcmpl-t",
+            "object": "chat.completion",
+            "created": 7,
+            "model": "gpt-6",
+            "service_tier": "default",
+            "system_fingerprint": "fp_3",
+            "obfuscation": "x22",
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "tool_calls",
+                    "logprobs": None,
+                    "message": {
+                        "role": "assistant",
+                        "content": None,
+                        "refusal": None,
+                        "tool_calls": [
+                            {
+                                "id": "call_A",
+                                "type": "function",
+                                "function": {"name": "weather", "arguments": '{"city": "Köln"}'},
+                            },
+                            {"id": "call_B", "type": "function", "function": {"name": "now", "arguments": "{}"}},
+                        ],
+                    },
+                }
+            ],
+            "usage": {
+                "prompt_tokens": 60,
+                "completion_tokens": 31,
+                "total_tokens": 91,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
+        },
+    ),
+    "openai-logprobs": (
+        "openai",
+        _LOGPROBS.encode(),
+        {
+            "id": "chatcmpl-l",
+            "object": "chat.completion",
+            "created": 7,
+            "model": "gpt-6",
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "logprobs": {
+                        "content": [
+                            {"token": "é", "logprob": -0.5, "bytes": [195, 169], "top_logprobs": []},
+                            {"token": "!", "logprob": -0.1, "bytes": [33], "top_logprobs": []},
+                        ],
+                        "refusal": None,
+                    },
+                    "message": {"role": "assistant", "content": "é!"},
+                }
+            ],
+            "usage": {},
+        },
+    ),
+    "perplexity": (
+        "perplexity",
+        _PERPLEXITY.encode(),
+        {
+            **_HEAD,
+            "id": "p1",
+            "model": "sonar",
+            "citations": ["https://example.org/a"],
+            "search_results": [{"title": "A", "url": "https://example.org/a"}],
+            "choices": [{**_PLAIN, "message": {"role": "assistant", "content": "Yes [1]"}}],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5, "cost": {"total_cost": 0.0051}},
+        },
+    ),
+    "moonshot": (
+        "kimi",
+        _MOONSHOT.encode(),
+        {
+            "id": "k1",
+            "object": "chat.completion",
+            "model": "kimi-k2.6",
+            "choices": [
+                {
+                    **_PLAIN,
+                    "finish_reason": "length",
+                    "message": {"role": "assistant", "content": "你好", "reasoning_content": "hm"},
+                    "usage": {"prompt_tokens": 8, "completion_tokens": 2, "total_tokens": 10},
+                }
+            ],
+            "usage": {"prompt_tokens": 8, "completion_tokens": 2, "total_tokens": 10},
+        },
+    ),
+    "openrouter": (
+        "openrouter",
+        _OPENROUTER.encode(),
+        {
+            "id": "gen-1",
+            "object": "chat.completion",
+            "provider": "X",
+            "model": "x/y",
+            "choices": [
+                {**_PLAIN, "native_finish_reason": "end_turn", "message": {"role": "assistant", "content": "Hi"}}
+            ],
+            "usage": {"prompt_tokens": 5, "completion_tokens": 1, "total_tokens": 6, "cost": 0.00042},
+        },
+    ),
+    "ollama": (
+        "ollama",
+        _OLLAMA.encode(),
+        {
+            "id": "o1",
+            "object": "chat.completion",
+            "model": "llama3.2",
+            "system_fingerprint": "fp_ollama",
+            "choices": [{**_PLAIN, "message": {"role": "assistant", "content": "Yo"}}],
+            "usage": {"prompt_tokens": 6, "completion_tokens": 1, "total_tokens": 7},
+        },
+    ),
+    "deepseek": (
+        "deepseek",
+        _DEEPSEEK.encode(),
+        {
+            **_HEAD,
+            "id": "d1",
+            "model": "deepseek-flash",
+            "choices": [{**_PLAIN, "message": {"role": "assistant", "content": "答", "reasoning_content": "Hm. 好"}}],
+            "usage": {
+                "prompt_tokens": 17,
+                "completion_tokens": 9,
+                "total_tokens": 26,
+                "completion_tokens_details": {"reasoning_tokens": 7},
+                "prompt_cache_hit_tokens": 0,
+                "prompt_cache_miss_tokens": 17,
+            },
+        },
+    ),
+}
+"""Name → its provider in the catalogue, the stream, and the whole completion it adds up to."""
 
 
 # -- wires of their own -------------------------------------------------------------------------------------------

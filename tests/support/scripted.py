@@ -10,18 +10,21 @@ from typing import Any
 
 from uuid_utils import uuid7
 
+from oncewise.coordination.memory import World
 from oncewise.core.coalesce import Coalescer
 from oncewise.core.pacing import LocalLimiter, Pacer
 from oncewise.core.retry import RetryBudget
-from oncewise.core.stream_hub import StreamHub
+from oncewise.core.stream_hub import Encoder, StreamHub
 from oncewise.errors import OncewiseError
 from oncewise.model import Thread, TurnAsk
 from oncewise.service.calls import Calls, ProviderLane, remember_s
+from oncewise.service.fleet import Fleet
 from oncewise.service.model_names import ModelNames
 from oncewise.service.threads import Threads
 from oncewise.service.turn_outcomes import TurnResult
 from oncewise.service.turns import TurnRules, Turns
 from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.signals import SqlSignals
 from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
 from oncewise.storage.threads import SqlThreadStore
 from oncewise.testing import ScriptedProvider
@@ -40,6 +43,7 @@ class Desk:
     turns: Turns
     threads: Threads
     hub: StreamHub
+    fleet: Fleet
     numbers: Any = field(default_factory=count)
 
     async def thread(self, org_id: str = "org_a") -> Thread:
@@ -82,6 +86,7 @@ class Desk:
         assert self.calls.logs.stats().logs == 0
         pacer = self.calls.lanes["scripted"].pacer.stats()
         assert (pacer.waiting, pacer.running) == (0, 0)
+        assert self.fleet._led == {}
 
     def _left(self) -> list[object]:
         """What the registries of turns hold still, and beats that go on."""
@@ -100,9 +105,17 @@ async def open_desk(
     concurrency: int = 50,
     ledger: Any = None,
     owner: str = "tester",
+    world: World | None = None,
+    encoder: Encoder | None = None,
     **rules: Any,
 ) -> AsyncIterator[Desk]:
-    """A desk on the database file at `path`; `ledger` wraps the real one, to delay or fail it."""
+    """A desk on the database file at `path`.
+
+    Args:
+        ledger: Wraps the real one, to delay or fail it.
+        world: What it shares with other desks on the same file, besides that.
+        encoder: How viewers see events; as text alone if none is given.
+    """
 
     def ids() -> str:
         return str(uuid7())
@@ -122,7 +135,11 @@ async def open_desk(
         ids=ids,
         chance=lambda: 0.0,
     )
-    hub = StreamHub(retention_s=5.0)
+    hub = StreamHub(encoder, retention_s=5.0)
+    coordination = None if world is None else world.worker(owner)
+    slow = SqlSignals(database, owner, others=database.neighbours, poll_s=0.05)
+    await slow.begin()
+    fleet = Fleet(b"secret", coordination=coordination, slow=slow)
     turns = Turns(
         ledger=wrapped,
         calls=calls,
@@ -131,13 +148,16 @@ async def open_desk(
         owner=owner,
         rules=TurnRules(**rules),
         ids=ids,
+        fleet=fleet,
     )
     threads = Threads(SqlThreadStore(database, ids=ids), turns, names=names)
-    desk = Desk(provider, database, wrapped, calls, turns, threads, hub)
+    desk = Desk(provider, database, wrapped, calls, turns, threads, hub, fleet)
     try:
         yield desk
     finally:
         await turns.aclose(0.0)
+        await fleet.aclose()
+        await slow.aclose()
         await calls.flights.aclose()
         await pacer.aclose()
         hub.close()

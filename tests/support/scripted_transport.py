@@ -1,8 +1,7 @@
 """A `Transport` that answers from memory, for bytes that no server on loopback could be asked to cut so finely."""
 
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Iterable, Mapping
 
 from oncewise.providers.transport import Reply
 
@@ -15,6 +14,7 @@ class ScriptedTransport:
     Attributes:
         posted: The `(path, body)` of all requests.
         read: Pieces taken from the bodies so far.
+        open: Replies that were not closed.
     """
 
     def __init__(self, pieces: Iterable[bytes], *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
@@ -23,18 +23,23 @@ class ScriptedTransport:
         self.headers = {"content-type": "text/event-stream", **(headers or {})}
         self.posted: list[tuple[str, bytes]] = []
         self.read = 0
+        self.open = 0
         self.closed = False
 
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
+    async def post(self, path: str, body: bytes) -> Reply:
         self.posted.append((path, body))
-        async with aclosing(self._body()) as pieces:
-            yield Reply(self.status, self.headers, pieces)
+        self.open += 1
+        left = iter(self.pieces)
 
-    async def _body(self) -> AsyncGenerator[bytes, None]:
-        for piece in self.pieces:
-            self.read += 1
-            yield piece
+        async def read() -> bytes:
+            piece = next(left, b"")
+            self.read += bool(piece)
+            return piece
+
+        return Reply(self.status, self.headers, read, self._close)
+
+    def _close(self) -> None:
+        self.open -= 1
 
     async def aclose(self) -> None:
         self.closed = True

@@ -4,10 +4,11 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from signal import SIGKILL, Signals
+from types import MappingProxyType
 
 import psutil
 
@@ -74,29 +75,34 @@ class ServerProcess(Site):
 
 
 @asynccontextmanager
-async def serve_process(folder: Path, base_url: str, **settings: object) -> AsyncIterator[ServerProcess]:
+async def serve_process(
+    folder: Path, base_url: str, environment: Mapping[str, str] = MappingProxyType({}), **settings: object
+) -> AsyncIterator[ServerProcess]:
     """Serve the database in `folder`, with the provider at `base_url` as `openai`; killed at the end if it still runs.
 
     Args:
         folder: Where the database is, or will be made.
         base_url: Of an OpenAI-compatible provider, `/v1` included.
+        environment: Further variables, or others than usual.
         settings: `ONCEWISE_*` variables, in lower case and without the prefix.
     """
-    environment = {
+    variables = {
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "ONCEWISE_DATABASE_URL": f"sqlite:///{folder / 'ow.db'}",
+        "ONCEWISE_PORT": "0",
         "OPENAI_API_KEY": "sk-test",
         "OPENAI_BASE_URL": base_url,
         "OPENAI_RPS": "1000",
         "OPENAI_BURST": "100",
         "OPENAI_CONCURRENCY": "100",
         **{f"ONCEWISE_{name.upper()}": str(value) for name, value in settings.items()},
+        **environment,
     }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "oncewise", "serve", "--port", "0"),
-        env=environment,
+        *("-m", "oncewise", "serve"),
+        env=variables,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

@@ -1,6 +1,6 @@
 """The storage ports on every engine, with a clock that tests can move, and short ways to a turn in any state."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -13,12 +13,15 @@ import uuid_utils
 from oncewise.errors import Failure, LeaderLost, ProviderError, TurnCancelled
 from oncewise.model import Answer, FinishReason, StoredTurn, TurnAsk, TurnClaim, TurnState, Usage
 from oncewise.ports import Admission, KeyStore, Lead, RequestLog, ThreadStore, TurnLedger
+from oncewise.storage import ledger, pairs, requests, threads
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
 from oncewise.storage.ledger import SqlTurnLedger
+from oncewise.storage.postgres import open_postgres
 from oncewise.storage.requests import SqlRequestLog
 from oncewise.storage.sqlite import open_sqlite
 from oncewise.storage.threads import SqlThreadStore
+from tests.support.postgres import fresh_database
 
 LEASE_S = 10.0
 WINDOW_S = 30.0
@@ -78,6 +81,7 @@ class Storage:
     clock: ShiftedClock
     org: str = "acme"
     owner: str = "worker-1"
+    reopen: Callable[[str], Awaitable[Database]] | None = None
     options: dict[str, Any] = field(
         default_factory=lambda: {"lease_s": LEASE_S, "replay_window_s": WINDOW_S, "queue_limit": QUEUE_LIMIT}
     )
@@ -115,24 +119,63 @@ class Storage:
         return await self.ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
 
 
-def storage_on(database: Database) -> Storage:
-    """The ports on an open database."""
+def storage_on(
+    database: Database, owner: str = "worker-1", reopen: Callable[[str], Awaitable[Database]] | None = None
+) -> Storage:
+    """The ports on an open database; `reopen` opens it once more, as another process does."""
     clock = ShiftedClock()
     ledger = SqlTurnLedger(database, ids=ids, clock=clock)
     threads = SqlThreadStore(database, ids=ids, clock=clock)
     keys = SqlKeyStore(database, ids=ids, clock=clock)
-    return Storage(database, ledger, threads, SqlRequestLog(database), keys, clock)
+    return Storage(database, ledger, threads, SqlRequestLog(database), keys, clock, owner=owner, reopen=reopen)
+
+
+@asynccontextmanager
+async def beside(storage: Storage, owner: str) -> AsyncGenerator[Storage, None]:
+    """The same database as another process has it."""
+    assert storage.reopen is not None
+    database = await storage.reopen(owner)
+    try:
+        yield storage_on(database, owner)
+    finally:
+        await database.aclose()
+
+
+@asynccontextmanager
+async def _first(reopen: Callable[[str], Awaitable[Database]]) -> AsyncGenerator[Storage, None]:
+    database = await reopen("worker-1")
+    try:
+        yield storage_on(database, reopen=reopen)
+    finally:
+        await database.aclose()
 
 
 @asynccontextmanager
 async def sqlite_storage(directory: Path) -> AsyncGenerator[Storage, None]:
     """The ports on a new SQLite file."""
-    database = await open_sqlite(str(directory / "oncewise.db"), owner="worker-1")
-    try:
-        yield storage_on(database)
-    finally:
-        await database.aclose()
+    async with _first(lambda owner: open_sqlite(str(directory / "oncewise.db"), owner=owner)) as storage:
+        yield storage
 
 
-ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[Storage]]] = {"sqlite": sqlite_storage}
+@asynccontextmanager
+async def postgres_storage(_directory: Path) -> AsyncGenerator[Storage, None]:
+    """The ports on a new PostgreSQL database."""
+    async with fresh_database() as url, _first(lambda owner: open_postgres(url, owner=owner)) as storage:
+        yield storage
+
+
+def statements() -> dict[str, sa.Executable]:
+    """Every statement that is made before it is needed, by its module and name."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in (ledger, pairs, threads, requests)
+        for name, value in vars(module).items()
+        if isinstance(value, sa.Select | sa.Update | sa.Delete)
+    }
+
+
+ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[Storage]]] = {
+    "sqlite": sqlite_storage,
+    "postgresql": postgres_storage,
+}
 """Every engine behind the ports; a new one is one more entry."""

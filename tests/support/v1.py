@@ -18,12 +18,12 @@ __all__ = ["V1", "chat", "chunks_of", "serve_v1", "settings_for"]
 PATH = "/v1/chat/completions"
 
 
-def settings_for(folder: Path, provider: FakeProvider, **fields: Any) -> Settings:
+def settings_for(folder: Path, provider: FakeProvider, *, rps: float = 10_000.0, **fields: Any) -> Settings:
     """Settings of a server whose only provider is `openai`, at the fake one."""
     environ = {
         "OPENAI_API_KEY": "sk-upstream",
         "OPENAI_BASE_URL": provider.base_url,
-        "OPENAI_RPS": "10000",
+        "OPENAI_RPS": str(rps),
         "OPENAI_BURST": "10000",
         "OPENAI_CONCURRENCY": "256",
     }

@@ -17,6 +17,7 @@ from oncewise import (
     Pacer,
     PacerStats,
     Permit,
+    Place,
     Position,
     RequestKey,
     Role,
@@ -75,8 +76,11 @@ async def look(hub: StreamHub) -> bytes:
 
 async def pace(limiter: StartLimiter) -> float:
     pacer = Pacer(limiter, concurrency=3)
-    async with pacer.permit("acme") as permit:
+    place = pacer.permit("acme")
+    assert_type(place, Place)
+    async with place as permit:
         assert_type(permit, Permit)
+        assert_type(place.position, int)
         assert_type(pacer.stats(), PacerStats)
     await pacer.aclose()
     return permit.queue_wait_s

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from oncewise.cli.config import rows
 from oncewise.providers.catalogue import CATALOGUE
-from oncewise.settings import BadSetting, ProviderSettings, Settings, is_loopback, load_settings
+from oncewise.settings import BadSetting, ProviderSettings, Settings, is_loopback, load_settings, shown_url
 
 SECRET = "pplx-do-not-print-me"
 
@@ -106,9 +107,10 @@ def test_an_empty_variable_counts_as_not_set() -> None:
         ({"ONCEWISE_LEASE_S": "nan"}, "ONCEWISE_LEASE_S", "finite"),
         ({"ONCEWISE_DEMO_RPS": "0"}, "ONCEWISE_DEMO_RPS", "greater than 0"),
         ({"ONCEWISE_V1_COALESCE": SECRET}, "ONCEWISE_V1_COALESCE", "'always', 'safe' or 'off'"),
-        ({"ONCEWISE_WORKERS": "2"}, "ONCEWISE_WORKERS", "ONCEWISE_REDIS_URL"),
+        ({"ONCEWISE_WORKERS": "65"}, "ONCEWISE_WORKERS", "less than or equal to 64"),
         ({"ONCEWISE_DEFAULT_PROVIDER": SECRET}, "ONCEWISE_DEFAULT_PROVIDER", "not an enabled provider"),
-        ({"ONCEWISE_DATABASE_URL": f"postgresql://u:{SECRET}@h/d"}, "ONCEWISE_DATABASE_URL", "PostgreSQL"),
+        ({"ONCEWISE_DATABASE_URL": f"postgresql+psycopg://u:{SECRET}@h/d"}, "ONCEWISE_DATABASE_URL", "driver"),
+        ({"ONCEWISE_DATABASE_URL": f"mysql://u:{SECRET}@h/d"}, "ONCEWISE_DATABASE_URL", "postgresql://"),
         ({"ONCEWISE_DATABASE_URL": "sqlite://"}, "ONCEWISE_DATABASE_URL", "must name a file"),
         ({"ONCEWISE_REDIS_URL": f"http://:{SECRET}@h"}, "ONCEWISE_REDIS_URL", "pattern"),
         ({"OPENAI_API_KEY": SECRET, "OPENAI_RPS": "many"}, "OPENAI_RPS", "number"),
@@ -246,6 +248,66 @@ def test_an_alias_that_nobody_answers_is_refused_at_the_start(aliases: str, what
     assert load_settings({"demo": True}, environ={"ONCEWISE_ALIASES": "fast=groq/llama"}).settings.aliases
 
 
+def test_policies_and_prices_come_from_file_and_environment(tmp_path: Path) -> None:
+    """Name by name, and of a price even number by number."""
+    file = tmp_path / "oncewise.toml"
+    file.write_text(
+        '[v1_coalesce_tenants]\nacme = "off"\nbeta = "always"\n'
+        '[v1_coalesce_models]\n"openai/gpt-4.1" = "always"\n'
+        '[prices."openai/gpt-4.1"]\ninput_usd_per_mtok = 2\noutput_usd_per_mtok = 8\n'
+    )
+    environ = {
+        "OPENAI_API_KEY": SECRET,
+        "ONCEWISE_V1_COALESCE_TENANTS": "beta=safe",
+        "ONCEWISE_PRICES": "openai/o9=0.5:1.25, demo/demo-1=0:0",
+    }
+    loaded = load_settings(config_file=file, environ=environ)
+    assert loaded.settings.v1_coalesce_tenants == {"acme": "off", "beta": "safe"}
+    assert loaded.settings.v1_coalesce_models == {"openai/gpt-4.1": "always"}
+    prices = {name: tuple(price.model_dump().values()) for name, price in loaded.settings.prices.items()}
+    assert prices == {"openai/gpt-4.1": (2.0, 8.0), "openai/o9": (0.5, 1.25), "demo/demo-1": (0.0, 0.0)}
+    assert loaded.origins[("v1_coalesce_tenants", "beta")] == "ONCEWISE_V1_COALESCE_TENANTS"
+    assert loaded.origins[("prices", "openai/o9", "input_usd_per_mtok")] == "ONCEWISE_PRICES"
+    assert loaded.warnings == ()
+    shown = {name: (value, origin) for name, value, origin in rows(loaded)}
+    assert shown["ONCEWISE_PRICES openai/o9"] == ("0.5:1.25", "ONCEWISE_PRICES")
+    assert shown["ONCEWISE_V1_COALESCE_TENANTS acme"] == ("off", f"v1_coalesce_tenants.acme in {file}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("V1_COALESCE_TENANTS", "acme", "must be TENANT=always, safe or off"),
+        ("V1_COALESCE_TENANTS", "acme=never", "'always', 'safe' or 'off'"),
+        ("V1_COALESCE_TENANTS", "a b=off", "String should match"),
+        ("V1_COALESCE_MODELS", "gpt-4.1=off", "String should match"),
+        ("V1_COALESCE_MODELS", "opnai/gpt-4.1=off", "of a provider that is not enabled"),
+        ("PRICES", "openai/gpt=1", "must be PROVIDER/MODEL=INPUT:OUTPUT"),
+        ("PRICES", "openai/gpt=1:x", "valid number"),
+        ("PRICES", "openai/gpt=-1:2", "greater than or equal to 0"),
+        ("PRICES", "groq/llama=1:2", "of a provider that is not enabled"),
+    ],
+)
+def test_a_policy_or_price_that_would_be_without_effect_is_refused(name: str, value: str, what: str) -> None:
+    """With the variable's name."""
+    with pytest.raises(BadSetting, match=what) as caught:
+        load_settings(environ={"OPENAI_API_KEY": SECRET, f"ONCEWISE_{name}": value})
+    # Where names of several origins are judged together, the message has the name instead.
+    assert str(caught.value).startswith((f"ONCEWISE_{name}: ", f"{name.lower()}: "))
+
+
+@pytest.mark.parametrize(
+    "text", ["prices = 1", '[prices]\n"openai/gpt" = 1', 'v1_coalesce_models = "off"', "v1_coalesce_tenants = []"]
+)
+def test_a_table_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+    """Whatever the environment adds to it."""
+    file = tmp_path / "oncewise.toml"
+    file.write_text(text)
+    environ = {"OPENAI_API_KEY": SECRET, "ONCEWISE_PRICES": "openai/gpt=1:2"}
+    with pytest.raises(BadSetting, match=r" in .*oncewise\.toml: must be "):
+        load_settings(config_file=file, environ=environ)
+
+
 @pytest.mark.parametrize("key", ["sk-canary\n", "sk canary", "sk-canäry", "\x00sk-canary"])
 def test_a_key_that_no_header_may_carry_is_named_and_not_shown(key):
     """A line end that came along with a copied key."""
@@ -253,3 +315,29 @@ def test_a_key_that_no_header_may_carry_is_named_and_not_shown(key):
         load_settings(environ={"OPENAI_API_KEY": key})
     assert str(caught.value).startswith("OPENAI_API_KEY: ")
     assert "can" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:secret@h:5432/d", "postgresql://u:***@h:5432/d"),
+        ("postgres://u:s@e@c:r/et@h/d", "postgres://u:***@h/d"),
+        (
+            "postgresql://u@h/d?sslmode=require&password=secret&x=1",
+            "postgresql://u@h/d?sslmode=require&password=***&x=1",
+        ),
+        ("postgresql:///d?sslpassword=secret", "postgresql:///d?sslpassword=***"),
+        ("postgresql://h1:1,h2:2/d", "postgresql://h1:1,h2:2/d"),
+        ("redis://:secret@h/0", "redis://:***@h/0"),
+        ("sqlite:////home/a:b@c/x.db", "sqlite:////home/a:b@c/x.db"),
+    ],
+)
+def test_a_url_is_shown_without_its_password(url: str, shown: str) -> None:
+    """Wherever it stands in it, and however it was written."""
+    assert shown_url(url) == shown
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:p@h:5432/d", "postgres://h/d", "postgresql+asyncpg:///d?host=/tmp"])
+def test_the_urls_of_postgresql_that_are_taken(url: str) -> None:
+    """As libpq, hosting services and SQLAlchemy write them."""
+    assert load_settings({"database_url": url}, environ={}).settings.database_url == url

@@ -9,7 +9,6 @@ Deliberately absent: which requests share a call (`oncewise.service.completions`
 """
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from urllib.parse import parse_qs
 
 import orjson
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.exchange import Exchange, Headers
 from oncewise.api.json_body import BodyCache
 from oncewise.api.openai_errors import openai_body
@@ -26,7 +26,8 @@ from oncewise.core.coalesce import Landed, Waiter
 from oncewise.core.stream_hub import Position, Viewer
 from oncewise.errors import ModelNotFound, NotFound, OncewiseError, ShuttingDown
 from oncewise.model import Role
-from oncewise.service.completions import Completion, CompletionRun, CompletionTicket
+from oncewise.service.completions import CompletionRun, CompletionTicket, RemoteCall
+from oncewise.service.shared_calls import Completion
 
 __all__ = ["CompletionRoutes"]
 
@@ -35,6 +36,7 @@ PATH = "/v1/chat/completions"
 _JSON = (b"content-type", b"application/json")
 _DONE = b"data: [DONE]\n\n"
 _KEEP_ALIVE = b":\n"
+_POSITION = b"x-queue-position"
 _CACHE_STATUS = {
     Role.LEADER: b"oncewise; fwd=miss",
     Role.BYPASS: b"oncewise; fwd=bypass",
@@ -74,7 +76,8 @@ class CompletionRoutes:
         exchange.check_media_type()
         body = self._read(exchange.body)
         ask = ask_of(exchange, body)
-        with exchange.services.completions.send(org_id, ask) as ticket, exchange.presence():
+        send = exchange.services.completions.send
+        with send(org_id, ask) as ticket, unless_gone(exchange, ticket, stream=body.stream):
             if body.stream:
                 await self._stream(exchange, ticket, wants_usage=body.wants_usage, numbered=ask.resumable)
             else:
@@ -86,7 +89,7 @@ class CompletionRoutes:
         except OncewiseError as error:
             await _refuse(exchange, ticket, error)
             return
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=False)
         headers = [_JSON, *_call_headers(ticket), *_timings(exchange, ticket.run)]
         await exchange.answer(200, ticket.run.document(completion), headers)
 
@@ -102,7 +105,7 @@ class CompletionRoutes:
                 except OncewiseError as error:
                     await _refuse(exchange, ticket, error)
                     return
-            await stream.begin(_call_headers(ticket))
+            await stream.begin([*_call_headers(ticket), (_POSITION, b"%d" % run.queue_position)])
             rest = await stream.follow()
             ending = await self._ending(exchange, ticket, stream, wants_usage=wants_usage)
             await stream.write(rest + ending, more=False)
@@ -114,9 +117,9 @@ class CompletionRoutes:
             _check_stopped(exchange, stream)
             completion = await ticket.result()
         except OncewiseError as error:
-            _account(exchange, ticket, None, error.code)
+            account(exchange, ticket, None, error.code, stream=True)
             return _error_event(error)
-        _account(exchange, ticket, completion, None)
+        account(exchange, ticket, completion, stream=True)
         return _good_end(completion, wants_usage=wants_usage)
 
     @contextmanager
@@ -140,8 +143,9 @@ class CompletionRoutes:
         Raises:
             NotFound: no such call of this tenant runs, or ended a moment ago with a stream to be resumed.
         """
-        run, waiter = exchange.services.completions.watch(tenant_of(exchange), call_id)
         after = _starting_after(exchange)
+        seq = 0 if after is None else after.seq
+        run, waiter = await exchange.services.completions.watch(tenant_of(exchange), call_id, seq)
         if after is not None and after.seq > run.log.deltas:
             after = None
         viewer = run.log.view(after)
@@ -166,8 +170,7 @@ class CompletionRoutes:
         Raises:
             NotFound: no such call of this tenant.
         """
-        run = exchange.services.completions.cancel(tenant_of(exchange), call_id)
-        ended_well = isinstance(getattr(run.flight.outcome, "value", None), Completion)
+        ended_well = await exchange.services.completions.cancel(tenant_of(exchange), call_id)
         state = "completed" if ended_well else "cancelled"
         await exchange.answer(200, orjson.dumps({"id": call_id, "object": "chat.completion.call", "state": state}))
 
@@ -186,6 +189,7 @@ class CompletionRoutes:
         document = {
             "object": "coalesce.explanation",
             "coalesces": plan.key is not None,
+            "policy": plan.policy.value,
             "reason": plan.reason,
             "key": key.digest,
             "provider": plan.request.provider,
@@ -279,7 +283,7 @@ class _Numbered:
         self._viewer.close()
 
 
-async def _end_of(run: CompletionRun, waiter: Waiter[Completion] | None) -> Completion:
+async def _end_of(run: CompletionRun | RemoteCall, waiter: Waiter[Completion] | None) -> Completion:
     outcome = run.flight.outcome if waiter is None else await waiter.outcome()
     if isinstance(outcome, Landed):
         return outcome.value
@@ -289,7 +293,9 @@ async def _end_of(run: CompletionRun, waiter: Waiter[Completion] | None) -> Comp
 def _starting_after(exchange: Exchange) -> Position | None:
     sent = exchange.headers.get(b"last-event-id", b"").decode("latin-1")
     query = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("starting_after", [])
-    return Position.parse(query[0] if query else sent)
+    place = query[0] if query else sent
+    # A bare number, as OpenAI counts events: chunks are never taken back here, so all are of the first epoch.
+    return Position.parse(place if "-" in place else f"1-{place}")
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -323,23 +329,12 @@ def _timings(exchange: Exchange, run: CompletionRun) -> Headers:
     queued_ms = (run.queue_wait_s or 0.0) * 1000
     return [
         # Who joined late did not wait for what was already there.
+        (_POSITION, b"%d" % run.queued_behind),
         (b"x-queue-wait-ms", b"%d" % min(queued_ms, waited_ms)),
         (b"x-ttft-ms", b"%d" % max(0.0, (run.first_s - exchange.arrived_s) * 1000)),
     ]
 
 
-def _account(
-    exchange: Exchange, ticket: CompletionTicket, completion: Completion | None, error_code: str | None
-) -> None:
-    record = ticket.record(
-        arrived_s=exchange.arrived_s,
-        finished_at_ms=time.time_ns() // 1_000_000,
-        completion=completion,
-        error_code=error_code,
-    )
-    exchange.services.metrics.record(record)
-
-
 async def _refuse(exchange: Exchange, ticket: CompletionTicket, error: OncewiseError) -> None:
-    _account(exchange, ticket, None, error.code)
+    account(exchange, ticket, None, error.code, stream=ticket.ask.stream)
     await exchange.refuse(error, _call_headers(ticket))

@@ -44,6 +44,7 @@ class Problem(_Answer):
     retryable: bool
     request_id: str
     errors: list[Place] | None = None
+    turn_id: str | None = None
 
 
 class Usage(_Answer):
@@ -183,10 +184,10 @@ class TurnOut(_Answer):
 
 
 class Withdrawn(_Answer):
-    """A request that was cancelled."""
+    """A request that was cancelled, or had ended before it could be."""
 
     request_id: str
-    state: Literal["cancelled"]
+    state: Literal["cancelled", "ended"]
 
 
 class KeyItem(_Answer):
@@ -221,7 +222,7 @@ class Health(_Answer):
 class Readiness(_Answer):
     """What requests depend on, and how it is."""
 
-    status: Literal["ok", "unavailable"]
+    status: Literal["ok", "degraded", "unavailable"]
     checks: dict[str, str]
 
 

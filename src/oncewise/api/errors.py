@@ -48,8 +48,10 @@ STATUS: dict[str, int] = {
     "response_too_large": 502,
     "upstream_cancelled": 502,
     "overloaded": 503,
+    "provider_unavailable": 503,
     "shutting_down": 503,
     "storage_unavailable": 503,
+    "coordination_unavailable": 503,
     "not_persisted": 503,
     "provider_timeout": 504,
     "queue_timeout": 504,
@@ -80,6 +82,8 @@ def problem_body(error: OncewiseError, request_id: str) -> bytes:
         "retryable": error.retryable,
         "request_id": request_id,
     }
+    if error.turn_id is not None:
+        problem["turn_id"] = error.turn_id
     if status == HTTPStatus.UNPROCESSABLE_ENTITY:
         found = error.errors if isinstance(error, InvalidRequest) else ()
         problem["errors"] = [{"loc": list(loc), "msg": msg} for loc, msg in found]

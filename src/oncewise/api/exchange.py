@@ -18,7 +18,7 @@ from oncewise.api.auth import Gate
 from oncewise.api.errors import problem_body, problem_headers, status_of
 from oncewise.api.limits import Limits
 from oncewise.api.openai_errors import openai_body, openai_headers
-from oncewise.api.presence import CONNECTION, ClientGone, Connection, Presence
+from oncewise.api.presence import CONNECTION, ClientGone, Connection, Headers, Presence
 from oncewise.bootstrap import Services
 from oncewise.errors import (
     BodyTooLarge,
@@ -31,8 +31,6 @@ from oncewise.errors import (
 )
 
 __all__ = ["WITH_BODY", "Exchange", "Headers"]
-
-Headers = list[tuple[bytes, bytes]]
 
 WITH_BODY = frozenset(("POST", "PUT", "PATCH"))
 _ENCODINGS: Mapping[bytes, bytes] = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}
@@ -152,6 +150,10 @@ class Exchange:
         declared = self.headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > limit:
             raise BodyTooLarge
+        if self.connection is not None and self.connection.received():
+            # Most bodies come with their heads, and a timer costs more than taking them.
+            self.body = await self._collect(limit)
+            return
         try:
             async with asyncio.timeout(self.limits.body_s):
                 self.body = await self._collect(limit)
@@ -203,7 +205,10 @@ class Exchange:
         Raises:
             UnsupportedMediaType: the Content-Type is missing or another.
         """
-        kind, *options = (part.strip().lower() for part in self.headers.get(b"content-type", b"").split(b";"))
+        sent = self.headers.get(b"content-type", b"")
+        if sent == wanted:
+            return
+        kind, *options = (part.strip().lower() for part in sent.split(b";"))
         charsets = (option.partition(b"=")[2].strip(b'"') for option in options if option.startswith(b"charset"))
         if kind != wanted or any(charset != b"utf-8" for charset in charsets):
             raise UnsupportedMediaType
@@ -235,6 +240,9 @@ class Exchange:
         headers = self.head(extra)
         if status != 204:
             headers.append((b"content-length", b"%d" % len(body)))
+        if self.connection is not None and self.connection.answer(self.scope, status, headers, body):
+            self.started = True
+            return
         await self.start(status, headers)
         await self.write(body)
 

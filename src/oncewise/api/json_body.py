@@ -33,13 +33,7 @@ def parse_json(body: bytes) -> Any:
         InvalidRequest: a string in it holds NUL or a lone surrogate.
     """
     try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_members,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_refuse,
-        )
+        value = _STRICT.decode(body.decode("utf-8"))
     except (ValueError, RecursionError):
         # `from None`: the exception of json quotes the document.
         raise MalformedJson from None
@@ -72,6 +66,9 @@ def _finite(digits: str) -> float:
 
 def _refuse(_name: str) -> NoReturn:
     raise ValueError
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_members, parse_int=_integer, parse_float=_finite, parse_constant=_refuse)
 
 
 def _check_depth(value: Any, levels: int) -> None:

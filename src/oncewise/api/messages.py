@@ -8,10 +8,10 @@ Deliberately absent: what joins what (`oncewise.service.turns`).
 
 import asyncio
 import re
-import time
 from collections.abc import Mapping
 from typing import Any
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.answers import turn_answer
 from oncewise.api.exchange import Exchange, Headers
 from oncewise.api.json_body import BodyCache
@@ -74,32 +74,17 @@ class Messages:
         """
         with self.ask(exchange, thread_id) as ticket:
             try:
-                with exchange.presence():
+                with unless_gone(exchange, ticket, stream=False):
                     result = await ticket.result()
             except OncewiseError as error:
                 account(exchange, ticket, None, error.code, stream=False)
                 await exchange.refuse(error, role_headers(ticket, None, exchange))
                 return
-            account(exchange, ticket, result, None, stream=False)
+            account(exchange, ticket, result, stream=False)
             if result.body is None:
                 result.body = turn_answer(result.stored)
             headers = [_JSON, *role_headers(ticket, result, exchange), *_timings(exchange, ticket, result)]
             await exchange.answer(200, result.body, headers)
-
-
-def account(
-    exchange: Exchange, ticket: TurnTicket, result: TurnResult | None, error_code: str | None, *, stream: bool
-) -> None:
-    """Write the request into the figures; called before its last byte is sent, so that who has the answer sees it."""
-    record = ticket.record(
-        arrived_s=exchange.arrived_s,
-        ended_s=asyncio.get_running_loop().time(),
-        finished_at_ms=time.time_ns() // 1_000_000,
-        stream=stream,
-        result=result,
-        error_code=error_code,
-    )
-    exchange.services.metrics.record(record)
 
 
 def _idempotency_key(headers: Mapping[bytes, bytes]) -> str | None:
@@ -144,6 +129,7 @@ def _timings(exchange: Exchange, ticket: TurnTicket, result: TurnResult) -> Head
     first_ms = waited_ms if result.first_delta_s is None else (result.first_delta_s - exchange.arrived_s) * 1000
     # Who joined late did not wait for what was already there.
     headers = [
+        (b"x-queue-position", b"%d" % result.queued_behind),
         (b"x-queue-wait-ms", b"%d" % min(result.queue_wait_ms, waited_ms)),
         (b"x-ttft-ms", b"%d" % max(0.0, first_ms)),
     ]

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from starlette.types import Receive
+from starlette.types import Receive, Scope
 
-__all__ = ["CONNECTION", "ClientGone", "Connection", "Presence"]
+__all__ = ["CONNECTION", "ClientGone", "Connection", "Headers", "Presence"]
 
 CONNECTION = "oncewise.connection"
 """Name of the ASGI extension by which our own server lends its connection."""
+
+
+Headers = list[tuple[bytes, bytes]]
 
 
 class ClientGone(Exception):
@@ -35,12 +38,20 @@ class Connection(Protocol):
         """Close now, throwing away what the client did not read."""
         ...
 
+    def received(self) -> bool:
+        """Whether the whole body of the request is there."""
+        ...
+
+    def answer(self, scope: Scope, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer to the request of `scope`, past the ASGI interface; False if it must go through that."""
+        ...
+
     def ready(self) -> bool:
         """Whether the body of the answer can be written to now without waiting for the client."""
         ...
 
-    def push(self, chunk: bytes) -> None:
-        """Write a piece of the body that is not the last, past the ASGI interface."""
+    def push(self, chunk: bytes) -> bool:
+        """Write a piece of the body that is not the last, past the ASGI interface; False if it must wait."""
         ...
 
 

@@ -19,19 +19,18 @@ from typing import Any, cast
 
 import httptools
 import uvicorn
+from starlette.types import Scope
 from uuid_utils import uuid7
 from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
-from oncewise.api.presence import CONNECTION
+from oncewise.api.presence import CONNECTION, Headers
+from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
 
-__all__ = ["GuardedProtocol", "Server", "listen", "run"]
-
-SEND_BUFFER = 64 * 1024
-BACKLOG = 8192
+__all__ = ["GuardedProtocol", "Server", "run"]
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -75,6 +74,38 @@ class GuardedProtocol(HttpToolsProtocol):
         self.cycle.disconnected = True
         self.transport.abort()
 
+    def received(self) -> bool:
+        """Whether the whole body of the request is there."""
+        return not self.cycle.more_body
+
+    def answer(self, scope: Scope, status: int, headers: Headers, body: bytes) -> bool:
+        """Send a whole answer to the request of `scope`, past the ASGI interface; False if it must go through that.
+
+        Head and body in one piece: each piece is a system call here and a wake-up there.
+        """
+        cycle = self.cycle
+        if (
+            # A request that came too early has taken the place of the one that is answered.
+            cycle.scope is not scope
+            or not cycle.keep_alive
+            or (b"connection", b"close") in headers
+            or scope["method"] == "HEAD"
+            or cycle.response_started
+            or cycle.disconnected
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            return False
+        lines = [b"%b: %b\r\n" % field for field in (*cycle.default_headers, *headers)]
+        head = b"".join((STATUS_LINE[status], *lines, b"\r\n"))
+        if {head.count(b"\r"), head.count(b"\n")} != {len(lines) + 2}:
+            raise ValueError("a header has a line break in it")
+        self.transport.write(head + body)
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
+
     def ready(self) -> bool:
         """Whether the body of the answer can be written to now without waiting for the client."""
         cycle = self.cycle
@@ -86,9 +117,20 @@ class GuardedProtocol(HttpToolsProtocol):
             and not self.transport.is_closing()
         )
 
-    def push(self, chunk: bytes) -> None:
-        """Write a piece of the body that is not the last, past the ASGI interface."""
-        self.transport.write(_framed(chunk) if self.cycle.chunked_encoding else chunk)
+    def push(self, chunk: bytes) -> bool:
+        """Write a piece of the body that is not the last, past the ASGI interface; False if it must wait."""
+        cycle = self.cycle
+        if (
+            # Of a head that was sent; a request that came too early has taken the place of the one that is answered.
+            not cycle.chunked_encoding
+            or cycle.response_complete
+            or cycle.disconnected
+            or self.flow.write_paused
+            or self.transport.is_closing()
+        ):
+            return False
+        self.transport.write(_framed(chunk))
+        return True
 
     def _end_within(self, seconds: float) -> None:
         self._stop_timer()
@@ -297,6 +339,17 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         _spare_the_collector()
 
+    async def accept_on(self, bound: socket.socket) -> asyncio.Server:
+        """Accept on one more socket, until the returned server is closed or all are."""
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> GuardedProtocol:
+            return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
+        self.servers.append(server)
+        return server
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Take a signal. It is not raised again at the end: a drained server has done what it was asked."""
         self._signals += 1
@@ -340,27 +393,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to an address, one per address family it has.
-
-    Raises:
-        OSError: the address is unknown or in use.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in dict.fromkeys(found):
-        bound = socket.socket(family, kind, protocol)
-        sockets.append(bound)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit it.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if family == socket.AF_INET6:
-            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.bind(address)
-        bound.setblocking(False)
-    return sockets
 
 
 def run(app: App, sockets: list[socket.socket], *, drain_s: float) -> None:

@@ -16,13 +16,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
+from oncewise.api.accounting import account, unless_gone
 from oncewise.api.exchange import Exchange, Headers
-from oncewise.api.messages import Messages, account, role_headers
+from oncewise.api.messages import Messages, role_headers
 from oncewise.api.row_viewer import RowViewer
 from oncewise.api.schema import is_id
 from oncewise.api.sse import EventStream
 from oncewise.core.stream_hub import Position, Viewer
-from oncewise.errors import NotFound, OncewiseError, TurnCancelled
+from oncewise.errors import NotFound, OncewiseError, ShuttingDown, TurnCancelled
 from oncewise.model import Role, StoredTurn
 from oncewise.service.turn_outcomes import TurnResult
 from oncewise.service.turns import TurnTicket
@@ -38,9 +39,11 @@ class Streams:
     def __init__(self, messages: Messages) -> None:
         self._messages = messages
         self._open: dict[EventStream, Exchange] = {}
+        self._stopped = False
 
     def stop(self) -> None:
-        """End every open stream where it is; clients may resume."""
+        """End every open stream where it is, and each that is still to be opened; clients may resume."""
+        self._stopped = True
         for stream in list(self._open):
             stream.stop()
 
@@ -59,6 +62,8 @@ class Streams:
         try:
             # Again: what was valid when the request came may have been revoked before its stream was open.
             exchange.tenant()
+            if self._stopped:
+                stream.stop()
             yield stream
         finally:
             del self._open[stream]
@@ -73,7 +78,7 @@ class Streams:
             OncewiseError: the message was refused.
             ClientGone, Stalled: nobody takes the answer.
         """
-        with self._messages.ask(exchange, thread_id) as ticket, exchange.presence():
+        with self._messages.ask(exchange, thread_id) as ticket, unless_gone(exchange, ticket, stream=True):
             try:
                 source = await self._source(ticket, exchange)
             except OncewiseError as error:
@@ -119,7 +124,9 @@ class Streams:
         headers = [*role_headers(ticket, None, exchange), (b"location", place.encode("ascii"))]
         await stream.open(headers, _meta_of_request(ticket, exchange))
         rest = await stream.follow(lambda: ticket.withdrawn)
-        if not stream.stopped:
+        if stream.stopped:
+            account(exchange, ticket, None, _why_stopped(exchange), stream=True)
+        else:
             result, error_code = await _outcome(ticket)
             account(exchange, ticket, result, error_code, stream=True)
         await stream.write(rest, more=False)
@@ -136,13 +143,14 @@ class Streams:
         if not (is_id(thread_id) and is_id(turn_id)):
             raise NotFound
         turn = await exchange.services.threads.turn(org_id, thread_id, turn_id)
-        await self._watch(exchange, turn, _last_event_id(exchange))
+        sent = _last_event_id(exchange)
+        await self._watch(exchange, turn, sent, None if sent is None else Position.parse(sent))
 
     async def join(self, exchange: Exchange, thread_id: str) -> None:
         """Send the thread's active turn from its beginning; 204 if the thread is idle.
 
-        A Last-Event-ID is not looked at: it does not say which turn it belongs to, and the one it came from may have
-        ended. Clients resume at the turn's own address.
+        Nothing is left out for a Last-Event-ID: it does not say which turn it belongs to, and the one it came from may
+        have ended. The client is told that all comes again. To resume there is the turn's own address.
 
         Raises:
             NotFound: no such thread of this tenant.
@@ -154,11 +162,10 @@ class Streams:
         if turn is None:
             await exchange.answer(204, b"", ())
         else:
-            await self._watch(exchange, turn, None)
+            await self._watch(exchange, turn, _last_event_id(exchange), None)
 
-    async def _watch(self, exchange: Exchange, turn: StoredTurn, sent: str | None) -> None:
-        after = None if sent is None else Position.parse(sent)
-        log = await exchange.services.threads.watch(turn)
+    async def _watch(self, exchange: Exchange, turn: StoredTurn, sent: str | None, after: Position | None) -> None:
+        log = await exchange.services.threads.watch(turn, after)
         source = _row_viewer(exchange, turn, after) if log is None else log.view(after)
         if source.ended:
             source.close()
@@ -167,7 +174,8 @@ class Streams:
         again = sent is not None and (after is None or source.from_start)
         live = log is not None and not log.closed
         with self._opened(exchange, source) as stream, exchange.presence():
-            await stream.open(_watch_headers(turn, again=again), _meta_of_turn(exchange, turn, live=live, again=again))
+            meta = await _meta_of_turn(exchange, turn, live=live, again=again)
+            await stream.open(_watch_headers(turn, again=again), meta)
             await stream.write(await stream.follow(), more=False)
 
 
@@ -183,6 +191,14 @@ async def _raise_failure(ticket: TurnTicket) -> None:
         await ticket.result()
     except TurnCancelled:
         return
+
+
+def _why_stopped(exchange: Exchange) -> str:
+    try:
+        exchange.tenant()
+    except OncewiseError as error:
+        return error.code
+    return ShuttingDown.code
 
 
 async def _outcome(ticket: TurnTicket) -> tuple[TurnResult | None, str | None]:
@@ -209,6 +225,7 @@ def _meta_of_request(ticket: TurnTicket, exchange: Exchange) -> dict[str, Any]:
     admitted = ticket.run.admitted
     assert admitted is not None  # noqa: S101  awaited before
     role = ticket.role()
+    state, position = ticket.run.now() or (admitted.state, admitted.position)
     return {
         **admitted.meta,
         "request_id": exchange.request_id,
@@ -216,22 +233,23 @@ def _meta_of_request(ticket: TurnTicket, exchange: Exchange) -> dict[str, Any]:
         "thread_id": admitted.thread_id,
         # Who asked for a turn of its own leads it.
         "role": (Role.LEADER if role is Role.BYPASS else role).value,
-        "state": admitted.state.value,
-        "queue_position": admitted.position,
+        "state": state.value,
+        "queue_position": position,
         "provider": admitted.provider,
         "model": admitted.model,
     }
 
 
-def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bool) -> dict[str, Any]:
+async def _meta_of_turn(exchange: Exchange, turn: StoredTurn, *, live: bool, again: bool) -> dict[str, Any]:
+    state, position = await exchange.services.turns.state_of(turn)
     meta = {
         **exchange.services.turns.meta_of(turn),
         "request_id": exchange.request_id,
         "turn_id": turn.id,
         "thread_id": turn.thread_id,
         "role": (Role.FOLLOWER if live or not turn.state.final else Role.REPLAYED).value,
-        "state": turn.state.value,
-        "queue_position": 0,
+        "state": state.value,
+        "queue_position": position,
         "provider": turn.ask.provider,
         "model": turn.ask.model,
     }

@@ -3,7 +3,6 @@
 Secrets are never shown, only whether they are set.
 """
 
-import re
 from collections.abc import Iterator
 
 from pydantic import SecretStr
@@ -11,11 +10,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from oncewise.settings import Loaded, ProviderSettings, Settings, variable_of
+from oncewise.settings import TABLES, Loaded, ModelPrice, ProviderSettings, Settings, shown_url, variable_of
 
 __all__ = ["rows", "show"]
-
-_PASSWORD = re.compile(r"(?<=//)([^/@]*):[^@]*@")
 
 
 def show(loaded: Loaded, *, origin: bool) -> None:
@@ -34,11 +31,11 @@ def show(loaded: Loaded, *, origin: bool) -> None:
 def rows(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
     """Variable, value and origin of every setting; secrets only as `set` or `not set`."""
     for name in Settings.model_fields:
-        if name not in ("providers", "aliases"):
+        if name not in ("providers", *TABLES):
             value = getattr(loaded.settings, name)
             yield variable_of((name,)), _shown(value), loaded.origins.get((name,), "default")
-    for alias, target in loaded.settings.aliases.items():
-        yield f"{variable_of(('aliases',))} {alias}", target, loaded.origins.get(("aliases", alias), "default")
+    for table in TABLES:
+        yield from _rows_of_table(loaded, table)
     for provider in loaded.settings.providers.values():
         for name in ProviderSettings.model_fields:
             if name != "name":
@@ -46,9 +43,18 @@ def rows(loaded: Loaded) -> Iterator[tuple[str, str, str]]:
                 yield variable_of(path), _shown(getattr(provider, name)), loaded.origins.get(path, "default")
 
 
+def _rows_of_table(loaded: Loaded, table: str) -> Iterator[tuple[str, str, str]]:
+    for name, value in getattr(loaded.settings, table).items():
+        paths = [path for path in loaded.origins if path[:2] == (table, name)]
+        origin = loaded.origins[paths[0]] if paths else "default"
+        yield f"{variable_of((table,))} {name}", _shown(value), origin
+
+
 def _shown(value: object) -> str:
+    if isinstance(value, ModelPrice):
+        return f"{value.input_usd_per_mtok}:{value.output_usd_per_mtok}"
     if isinstance(value, SecretStr):
         return "set"
     if value is None:
         return "not set"
-    return _PASSWORD.sub(r"\1:***@", str(value))
+    return shown_url(value) if isinstance(value, str) and "://" in value else str(value)

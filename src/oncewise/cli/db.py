@@ -4,43 +4,41 @@ Deliberately absent: downgrades (see `oncewise.storage.schema`).
 """
 
 import asyncio
-from pathlib import Path
 
-import sqlalchemy as sa
 from uuid_utils import uuid7
 
-from oncewise.storage import schema
-from oncewise.storage.sqlite import open_sqlite, revision_of
+from oncewise.settings import Settings
+from oncewise.storage import engines, schema
 
-__all__ = ["current", "upgrade"]
+__all__ = ["current", "is_current", "upgrade"]
 
 
-def current(database_url: str) -> str:
+def current(settings: Settings) -> str:
     """One line: the revision of the database and that of this version. Changes nothing, makes no file.
 
     Raises:
-        StorageUnavailable: see `revision_of`.
+        StorageUnavailable: see `engines.revision`.
     """
-    path = _path(database_url)
-    if not path.exists():
+    if not engines.is_there(settings):
         return f"no database yet; this version's schema is {schema.HEAD}"
-    return f"{revision_of(str(path)) or 'empty'}; this version's schema is {schema.HEAD}"
+    revision = asyncio.run(engines.revision(settings))
+    return f"{revision or 'empty'}; this version's schema is {schema.HEAD}"
 
 
-def upgrade(database_url: str) -> str:
+def is_current(settings: Settings) -> bool:
+    """Whether the database has this version's schema, so that a server starts on it. Changes nothing.
+
+    Raises:
+        StorageUnavailable: see `engines.revision`.
+    """
+    return engines.is_there(settings) and asyncio.run(engines.revision(settings)) == schema.HEAD
+
+
+def upgrade(settings: Settings) -> str:
     """Make or upgrade the database; return one line about it.
 
     Raises:
-        StorageUnavailable, SchemaMismatch: see `open_sqlite`.
+        StorageUnavailable, SchemaMismatch: see `engines.upgrade`.
     """
-
-    async def open_and_close() -> None:
-        # Opening a database is what brings it up to date, here as in the server.
-        await (await open_sqlite(str(_path(database_url)), owner=str(uuid7()))).aclose()
-
-    asyncio.run(open_and_close())
-    return current(database_url)
-
-
-def _path(database_url: str) -> Path:
-    return Path(sa.make_url(database_url).database or "").expanduser()
+    asyncio.run(engines.upgrade(settings, owner=str(uuid7())))
+    return current(settings)

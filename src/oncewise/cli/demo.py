@@ -15,7 +15,8 @@ from oncewise.cli.burst import burst_with_progress, message, progress_bar
 from oncewise.cli.client import Server
 from oncewise.cli.load import Burst, BurstResult, create_thread
 from oncewise.cli.report import Promise, burst_promises, milliseconds, print_promises
-from oncewise.cli.serve import CannotStart, address_url, create_thread_command, run_server, take_port
+from oncewise.cli.serve import run_server
+from oncewise.cli.start_up import CannotStart, address_url, create_thread_command, take_port
 from oncewise.settings import Loaded, Settings
 
 __all__ = ["FLAGS", "ROUNDS", "Round", "promises", "run"]

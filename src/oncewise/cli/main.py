@@ -20,12 +20,12 @@ from oncewise.errors import OncewiseError
 
 if TYPE_CHECKING:
     from oncewise.cli.client import Server
-    from oncewise.settings import Loaded
+    from oncewise.settings import Loaded, Settings
 
 __all__ = ["app", "main"]
 
 _GROUPS = {
-    "Run": ("serve", "demo", "config", "db", "keys"),
+    "Run": ("serve", "demo", "doctor", "config", "db", "keys"),
     "Measure a running server": ("burst", "ttft"),
     "Data": ("threads",),
 }
@@ -85,7 +85,7 @@ def main() -> None:
         sys.exit(130)
     except (CommandFailed, OncewiseError, OSError) as error:
         typer.echo(f"oncewise: {str(error) or type(error).__name__}", err=True)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def _load_settings(flags: dict[str, Any] | None = None, config_file: Path | None = None) -> "Loaded":
@@ -137,7 +137,10 @@ def serve(
         "demo": demo,
     }
     loaded = _load_settings(flags, config)
-    from oncewise.cli.serve import run
+    if loaded.settings.workers > 1:
+        from oncewise.cli.workers import run
+    else:
+        from oncewise.cli.serve import run
 
     run(loaded, typer.echo, lambda text: typer.echo(f"warning: {text}", err=True))
 
@@ -152,6 +155,24 @@ def demo(
     from oncewise.cli.demo import FLAGS, run
 
     _end(kept=run(_load_settings({"port": port, **FLAGS}), once=once))
+
+
+@app.command()
+def doctor(
+    *,
+    host: Annotated[str | None, typer.Option(help="Address the server would listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port it would listen on.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Server processes it would have.")] = None,
+    database: Annotated[str | None, typer.Option(metavar="URL", help="Database to look at.")] = None,
+    redis: Annotated[str | None, typer.Option(metavar="URL", help="Redis or Valkey to look at.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    config: ConfigFile = None,
+) -> None:
+    """Would a server with these settings work here? Changes and costs nothing."""
+    from oncewise.cli.doctor import run
+
+    flags = {"host": host, "port": port, "workers": workers, "database_url": database, "redis_url": redis}
+    _end(kept=run(_load_settings(flags, config), as_json_text=as_json))
 
 
 @config_app.command("show")
@@ -169,13 +190,17 @@ def config_show(
 @db_app.command("current")
 def db_current(
     *,
+    check: Annotated[bool, typer.Option("--check", help="End with exit code 1 unless they are the same.")] = False,
     database: Annotated[str | None, typer.Option(metavar="URL", help="Database to look at.")] = None,
     config: ConfigFile = None,
 ) -> None:
     """Print the revision of the database's schema, and that of this version."""
-    from oncewise.cli.db import current
+    from oncewise.cli.db import current, is_current
 
-    typer.echo(current(_database_url(database, config)))
+    settings = _settings(database, config)
+    typer.echo(current(settings))
+    if check and not is_current(settings):
+        raise typer.Exit(1)
 
 
 @db_app.command("upgrade")
@@ -184,10 +209,10 @@ def db_upgrade(
     database: Annotated[str | None, typer.Option(metavar="URL", help="Database to upgrade.")] = None,
     config: ConfigFile = None,
 ) -> None:
-    """Bring the database to this version's schema, as serve does when it starts."""
+    """Bring the database to this version's schema. An SQLite file serve upgrades itself, PostgreSQL it does not."""
     from oncewise.cli.db import upgrade
 
-    typer.echo(upgrade(_database_url(database, config)))
+    typer.echo(upgrade(_settings(database, config)))
 
 
 _Database = Annotated[str | None, typer.Option("--database", metavar="URL", help="Database the keys are in.")]
@@ -211,7 +236,7 @@ def keys_create(
     from oncewise.model import KeyRole
 
     role = KeyRole.ADMIN if admin else KeyRole.METRICS if metrics else KeyRole.TENANT
-    for line in create(_database_url(database, config), role, org):
+    for line in create(_settings(database, config), role, org):
         typer.echo(line)
 
 
@@ -220,7 +245,7 @@ def keys_list(*, database: _Database = None, config: ConfigFile = None) -> None:
     """Print all API keys, the revoked ones too: id, first characters, for whom, times."""
     from oncewise.cli.keys import listed
 
-    for line in listed(_database_url(database, config)):
+    for line in listed(_settings(database, config)):
         typer.echo(line)
 
 
@@ -234,7 +259,7 @@ def keys_revoke(
     """End an API key for ever; a running server refuses it within a second."""
     from oncewise.cli.keys import revoke
 
-    revoke(_database_url(database, config), key)
+    revoke(_settings(database, config), key)
 
 
 # -- measure -------------------------------------------------------------------------------------------------------
@@ -333,8 +358,8 @@ def _server(url: str | None, org: str, key: str | None) -> "Server":
         raise typer.BadParameter(str(error), param_hint="URL") from None
 
 
-def _database_url(database: str | None, config: Path | None) -> str:
-    return _load_settings({"database_url": database}, config).settings.database_url
+def _settings(database: str | None, config: Path | None) -> "Settings":
+    return _load_settings({"database_url": database}, config).settings
 
 
 def _end(*, kept: bool) -> None:

@@ -23,7 +23,7 @@ from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, Self, TypeVar
 
 from oncewise.errors import (
     Failure,
@@ -54,6 +54,8 @@ class Landed(Generic[T]):
 
 
 Outcome = Landed[T] | Failure
+
+_CANCELLED = FlightCancelled().failure()
 
 
 class Shared(NamedTuple, Generic[T]):
@@ -101,13 +103,14 @@ class Flight(Generic[T]):
     """One piece of work in progress. Made and changed by its `Coalescer` only.
 
     Attributes:
-        work: What was given to `join` by the leader, shared by all.
+        work: What was given to `join` by the leader, shared by all; gone once nobody can join any more.
         outcome: How it ended; None while it runs.
         waiters: Requests that wait now.
     """
 
     __slots__ = (
         "_abandon_after_s",
+        "_after",
         "_end",
         "_futures",
         "_heralds",
@@ -143,6 +146,7 @@ class Flight(Generic[T]):
         self._timer: asyncio.TimerHandle | None = None
         self._running = False
         self._end: Failure | None = None
+        self._after: list[Callable[[], None]] = []
         self._abandon_after_s = abandon_after_s
 
     @property
@@ -159,9 +163,23 @@ class Flight(Generic[T]):
         self.has_announced = True
         _resolve(*self._heralds)
 
+    def after(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once this has landed, however it does; at once if it has. It must not raise."""
+        if self.outcome is None:
+            self._after.append(tell)
+        else:
+            tell()
+
     def abandon_after(self, abandon_after_s: float | None) -> None:
         """Choose for this flight what `Coalescer(abandon_after_s=...)` chooses for all."""
         self._abandon_after_s = abandon_after_s
+
+    def _forget_work(self) -> None:
+        """Let go of the work: it often knows its flight, and each would keep the other until a collection.
+
+        At 2,500 flights a second the collections would be a tenth of all work, 50 ms at a time.
+        """
+        self.work = _over
 
     def _reaches(self, other: "Flight[Any]") -> bool:
         seen, ahead = set[Flight[Any]](), [self]
@@ -173,6 +191,10 @@ class Flight(Generic[T]):
                 seen.add(flight)
                 ahead.extend(flight.awaits)
         return False
+
+
+async def _over(_flight: Flight[Any]) -> NoReturn:
+    raise RuntimeError("the flight is over")
 
 
 def _resolve(*futures: asyncio.Future[None]) -> None:
@@ -525,7 +547,7 @@ class Coalescer:
 
     def _drop(self, flight: Flight[Any]) -> None:
         # The key first: a newcomer must start anew instead of joining work that is being cancelled (tailscale #18919).
-        self.cancel(flight, FlightCancelled().failure())
+        self.cancel(flight, _CANCELLED)
 
     def _detach(self, flight: Flight[Any]) -> bool:
         """Take a flight out of the table; False if it was not in it any more."""
@@ -538,7 +560,7 @@ class Coalescer:
     # -- the work ------------------------------------------------------------------------------------------------
 
     async def _fly(self, flight: Flight[Any]) -> None:
-        outcome: Outcome[Any] = FlightCancelled().failure()
+        outcome: Outcome[Any] = _CANCELLED
         try:
             outcome = await self._outcome_of(flight)
         finally:
@@ -551,7 +573,7 @@ class Coalescer:
             async with deadline:
                 return Landed(await flight.work(flight))
         except asyncio.CancelledError:
-            return flight._end or FlightCancelled().failure()
+            return flight._end or _CANCELLED
         except OncewiseError as error:
             return error.failure()
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -578,6 +600,11 @@ class Coalescer:
         if held and isinstance(outcome, Failure):
             self._keep(flight, outcome)
         self._report(flight, outcome)
+        for tell in flight._after:
+            tell()
+        flight._after.clear()
+        if self._table.get(flight.key) is not flight:
+            flight._forget_work()
 
     def _keep(self, flight: Flight[Any], failure: Failure) -> None:
         """Put a landed flight back, to answer for as long as its failure is remembered."""
@@ -596,9 +623,11 @@ class Coalescer:
 
     def _finish(self, flight: Flight[Any]) -> None:
         # A task cancelled before its first step never entered `_fly`.
-        self._land(flight, flight._end or FlightCancelled().failure())
+        self._land(flight, flight._end or _CANCELLED)
         flight._task = None
 
     def _expire(self) -> None:
         while self._expiries and self._loop is not None and self._expiries[0][0] <= self._loop.time():
-            self._detach(heapq.heappop(self._expiries)[2])
+            flight = heapq.heappop(self._expiries)[2]
+            self._detach(flight)
+            flight._forget_work()

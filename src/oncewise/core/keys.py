@@ -18,6 +18,8 @@ __all__ = ["RequestKey", "canonical", "request_key"]
 
 Digest = Callable[[bytes], bytes]
 
+_SPELLED = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
 
 def canonical(value: Any) -> bytes:
     """The one spelling of a JSON value: members sorted, no space, UTF-8, nothing normalised or coerced.
@@ -31,14 +33,14 @@ def canonical(value: Any) -> bytes:
     """
     try:
         _only_text_names(value)
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return _SPELLED.encode(value).encode()
     except (TypeError, ValueError, RecursionError):
         # `from None`: the exception of json or codecs quotes the value.
         raise InvalidRequest("The request is not a JSON value.") from None
 
 
 def _only_text_names(value: Any) -> None:
-    # json.dumps writes {1: ...} and {"1": ...} alike; two requests would share a key.
+    # The encoder writes {1: ...} and {"1": ...} alike; two requests would share a key.
     if isinstance(value, dict):
         for name, member in value.items():
             if not isinstance(name, str):

@@ -9,17 +9,19 @@ The terminal event takes the position after the last delta. A log that is taken 
 viewer of the older one is told to drop what it showed.
 
 The log owns the events: `append`, `note`, `restart`, `close` and `sever` are the only methods that change it, none
-awaits. The hub owns which logs exist and how many bytes they hold.
+awaits. The hub owns which logs exist and how many bytes they hold. A log may repeat one of another process: `entry`
+tells its events as values, `mirror` takes them, and `append_joined` takes text whose deltas nobody knows any more.
 
 Deliberately absent: the wire (an `Encoder` is passed in), sockets, tenants' rights, and what the events mean.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from oncewise.errors import Overloaded, ResponseTooLarge
+from oncewise.ports import LogEntry
 
 __all__ = ["Encoder", "HubStats", "PlainText", "Position", "Sink", "StreamHub", "StreamLog", "Viewer"]
 
@@ -27,8 +29,7 @@ FRAME_CHARS = 128 * 1024
 """Code points after which a frame of joined deltas ends and another begins."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Position:
+class Position(NamedTuple):
     """A place in a stream. Written `<epoch>-<seq>`."""
 
     epoch: int
@@ -78,12 +79,11 @@ class PlainText:
 class Sink(Protocol):
     """Takes what one viewer is to be shown at the moment it is published, without a task being woken for it."""
 
-    def ready(self) -> bool:
-        """Whether bytes can be taken now; if not, the viewer's task is woken and waits as it has to."""
-        ...
+    def push(self, chunk: bytes) -> bool:
+        """Take bytes, or say False: then the viewer's task is woken and waits as it has to.
 
-    def push(self, chunk: bytes) -> None:
-        """Take bytes. Must not block, and must not raise."""
+        Must not block, must not raise, and must not call the log or its viewers.
+        """
         ...
 
 
@@ -104,22 +104,29 @@ class StreamLog:
         epoch: The attempt that writes now.
         closed: Whether the terminal event is in.
         viewers: How many viewers look on.
+        tap: Called when a delta or the end is in, or the log began again; must not raise. Carries the log elsewhere.
     """
 
     __slots__ = (
         "_bytes",
         "_end",
+        "_ending",
+        "_fed",
         "_frames",
         "_held",
         "_hub",
         "_joined",
         "_notes",
+        "_pieces",
         "_reset",
+        "_said",
         "_sleepers",
         "_texts",
         "_timer",
+        "_told_s",
         "epoch",
         "key",
+        "tap",
         "viewers",
     )
 
@@ -127,22 +134,35 @@ class StreamLog:
         self.key = key
         self.epoch = epoch
         self.viewers = 0
+        self.tap: Callable[[], None] | None = None
         self._hub = hub
         self._texts: list[str] = []
         self._frames: list[bytes] = []
         self._notes: list[tuple[int, bytes]] = []
+        self._said: list[tuple[str, Mapping[str, Any]]] = []
+        self._pieces: list[tuple[int, int]] = []
         self._end: bytes | None = None
+        self._ending: tuple[str, Mapping[str, Any]] | None = None
         self._reset: bytes = b""
         self._bytes = 0
         self._held = False
         self._timer: asyncio.TimerHandle | None = None
-        self._sleepers: set[Viewer] = set()
+        # Viewers that wait, and so have all there is: those with a sink are fed, the others woken.
+        self._fed: dict[Viewer, Callable[[bytes], bool]] = {}
+        # A dict for its order: viewers are served as they came, and equal schedules give equal histories.
+        self._sleepers: dict[Viewer, None] = {}
+        self._told_s = 0.0
         self._joined: tuple[int, int, bytes] = (0, 0, b"")
 
     @property
     def closed(self) -> bool:
         """Whether the terminal event is in."""
         return self._end is not None
+
+    @property
+    def ending(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Name and data of the terminal event; None while there is none."""
+        return self._ending
 
     @property
     def deltas(self) -> int:
@@ -159,6 +179,10 @@ class StreamLog:
         """All deltas of this epoch, joined."""
         return "".join(self._texts)
 
+    def size_after(self, seq: int) -> int:
+        """Encoded bytes of the deltas after the first `seq`."""
+        return sum(len(frame) for frame in self._frames[seq:])
+
     def append(self, text: str) -> Position:
         """Publish a delta to every viewer, at once and without waiting for any.
 
@@ -173,10 +197,33 @@ class StreamLog:
         position = Position(self.epoch, len(self._texts) + 1)
         frame = self._hub.encoder.delta(position, text)
         self._grow(len(frame))
+        self._feed(frame)
         self._texts.append(text)
         self._frames.append(frame)
-        self._wake()
+        self._tell()
         return position
+
+    def append_joined(self, text: str, seq: int) -> None:
+        """Publish all deltas up to position `seq` in one piece, where nobody knows any more where each of them ended.
+
+        A viewer that comes with a position inside the piece is shown everything again. Deltas that are in are not
+        published twice: with none left this does nothing.
+
+        Raises:
+            ResponseTooLarge, Overloaded: as `append`.
+        """
+        start = len(self._texts)
+        if self._end is not None or seq <= start:
+            return
+        if seq > self._hub.max_deltas:
+            raise ResponseTooLarge
+        frame = self._hub.encoder.delta(Position(self.epoch, seq), text)
+        self._grow(len(frame))
+        self._feed(frame)
+        self._texts += [""] * (seq - start - 1) + [text]
+        self._frames += [b""] * (seq - start - 1) + [frame]
+        self._pieces.append((start, seq))
+        self._tell()
 
     def note(self, name: str, data: Mapping[str, Any]) -> None:
         """Publish an event without a position, between the deltas before and after it.
@@ -188,27 +235,31 @@ class StreamLog:
             raise RuntimeError("note on a closed log")
         frame = self._hub.encoder.event(name, data, None)
         self._grow(len(frame))
+        self._feed(frame)
         self._notes.append((len(self._texts), frame))
-        self._wake()
+        self._said.append((name, data))
 
     def restart(self, epoch: int, name: str, data: Mapping[str, Any]) -> None:
         """Begin again under a higher epoch; viewers that saw something get the event first, at `<epoch>-0`."""
         if epoch <= self.epoch or self._end is not None:
             raise RuntimeError("restart needs a higher epoch and an open log")
+        self._wake()
         if self._held:
             self._hub._bytes -= self._bytes
         self._bytes = 0
         self.epoch = epoch
-        self._texts, self._frames, self._notes = [], [], []
+        self._texts, self._frames, self._notes, self._said, self._pieces = [], [], [], [], []
         self._joined = (0, 0, b"")
         self._reset = self._hub.encoder.event(name, data, Position(epoch, 0))
-        self._wake()
+        self._tell()
 
     def close(self, name: str, data: Mapping[str, Any]) -> None:
         """Publish the terminal event; the log stays readable for the hub's retention. Closing again does nothing."""
         if self._end is None:
             self._end = self._hub.encoder.event(name, data, Position(self.epoch, len(self._texts) + 1))
+            self._ending = (name, data)
             self._wake()
+            self._tell()
             self._hub._retain(self)
 
     def sever(self) -> None:
@@ -216,6 +267,7 @@ class StreamLog:
         if self._end is None:
             self._end = b""
             self._wake()
+            self._tell()
             self._hub._let_go(self)
 
     def view(self, after: Position | None = None) -> "Viewer":
@@ -226,6 +278,56 @@ class StreamLog:
         """
         return Viewer(self, after)
 
+    # -- for other processes -------------------------------------------------------------------------------------
+
+    def entry(self, after: int, *, max_deltas: int, max_bytes: int) -> LogEntry | None:
+        """The events after the first `after` deltas, up to so many, at least one of them; None if there are none.
+
+        The terminal event comes with the last deltas, and a note with what follows it.
+        """
+        stop, size = after, 0
+        while stop < len(self._texts) and stop - after < max_deltas and (size == 0 or size < max_bytes):
+            size += len(self._frames[stop])
+            stop += 1
+        end = self._ending if stop == len(self._texts) else None
+        if after > len(self._texts) or (stop == after and end is None):
+            return None
+        told = stop + (end is not None)
+        notes = [
+            (at, name, data)
+            for (at, _), (name, data) in zip(self._notes, self._said, strict=True)
+            if after <= at < told
+        ]
+        return LogEntry(self.epoch, after, tuple(self._texts[after:stop]), tuple(notes), end)
+
+    def mirror(self, entry: LogEntry) -> bool:
+        """Publish what is new of the events of this epoch that another process tells; False if some before are missing.
+
+        Raises:
+            ResponseTooLarge, Overloaded: as `append`.
+        """
+        if self._end is not None or entry.epoch != self.epoch:
+            return True
+        if entry.after > len(self._texts):
+            return False
+        stop = entry.after + len(entry.texts)
+        for place in range(len(self._texts), stop):
+            self._mirror_notes(entry, place)
+            self.append(entry.texts[place - entry.after])
+        if entry.end is not None and len(self._texts) == stop:
+            self._mirror_notes(entry, stop)
+            self.close(*entry.end)
+        return True
+
+    def _mirror_notes(self, entry: LogEntry, place: int) -> None:
+        for at, name, data in entry.notes:
+            if at == place:
+                self.note(name, data)
+
+    def _tell(self) -> None:
+        if self.tap is not None:
+            self.tap()
+
     # -- for viewers ---------------------------------------------------------------------------------------------
 
     def _grow(self, size: int) -> None:
@@ -235,12 +337,24 @@ class StreamLog:
             self._hub._grow(size)
         self._bytes += size
 
+    def _feed(self, frame: bytes) -> None:
+        """Show an event that is about to be the newest one: to sinks at once, to all others by waking them.
+
+        This loop is what a stream costs with an audience. All who are fed have the same things, so the frame is what
+        each of them lacks and no cursor is touched; a viewer finds its own when it is fed no more.
+        """
+        woken = list(self._sleepers)
+        if self._fed:
+            self._told_s = asyncio.get_running_loop().time()
+            for viewer, push in self._fed.items():
+                if not push(frame):
+                    woken.append(viewer)
+        for viewer in woken:
+            viewer._wake(True)
+
     def _wake(self) -> None:
-        if not self._sleepers:
-            return
-        now_s = asyncio.get_running_loop().time()
-        sleepers, self._sleepers = self._sleepers, set()
-        self._sleepers.update([viewer for viewer in sleepers if viewer._deliver(now_s)])
+        for viewer in (*self._fed, *self._sleepers):
+            viewer._wake(True)
 
     def _frame_end(self, start: int, stop: int) -> int:
         """How many deltas there are up to the end of a frame that begins after `start` of them."""
@@ -305,7 +419,9 @@ class Viewer:
 
     def _seek(self, after: Position) -> None:
         log = self._log
-        if after.epoch == log.epoch and after.seq <= log.deltas:
+        if after.epoch == log.epoch and any(start < after.seq < end for start, end in log._pieces):
+            self.from_start = True
+        elif after.epoch == log.epoch and after.seq <= log.deltas:
             self._seq = after.seq
         elif after == log.tail:
             self._seq, self._note, self.ended = log.deltas, len(log._notes), True
@@ -315,7 +431,7 @@ class Viewer:
             self.from_start = True
 
     def push_to(self, sink: Sink) -> None:
-        """Give news to `sink` as they are published, while a task waits; it wakes for the end, and for what is left.
+        """Give news to `sink` as they are published, while a task waits; it wakes for the end, and when it is refused.
 
         Waking a task for every delta and viewer costs more than sending the delta.
         """
@@ -379,39 +495,38 @@ class Viewer:
             self._timer = loop.call_at(self._deadline_s, self._tick, loop)
         future: asyncio.Future[bool] = loop.create_future()
         self._future = future
-        self._log._sleepers.add(self)
+        if self._sink is None:
+            self._log._sleepers[self] = None
+        else:
+            self._log._fed[self] = self._sink.push
         try:
             return await future
         finally:
             self._future = None
-            self._log._sleepers.discard(self)
+            self._stop_waiting()
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = None
         if self._future is None:
             return
-        if loop.time() >= self._deadline_s:
+        # What the log told since was pushed, or there would be no wait any more.
+        deadline_s = max(self._deadline_s, self._log._told_s + self._timeout_s)
+        if loop.time() >= deadline_s:
             self._wake(False)
         else:
-            self._timer = loop.call_at(self._deadline_s, self._tick, loop)
-
-    def _deliver(self, now_s: float) -> bool:
-        """Give news to the sink and go on waiting; or wake the task, and say False."""
-        sink, future = self._sink, self._future
-        if sink is None or future is None or future.done() or self._log._end is not None or not sink.ready():
-            self._wake(True)
-            return False
-        if chunk := self.take():
-            sink.push(chunk)
-        self._deadline_s = now_s + self._timeout_s
-        if self._has_news():
-            self._wake(True)
-            return False
-        return True
+            self._timer = loop.call_at(deadline_s, self._tick, loop)
 
     def _wake(self, news: bool) -> None:  # noqa: FBT001  the value the wait returns
+        self._stop_waiting()
         if self._future is not None and not self._future.done():
             self._future.set_result(news)
+
+    def _stop_waiting(self) -> None:
+        log = self._log
+        log._sleepers.pop(self, None)
+        if log._fed.pop(self, None) is not None:
+            # Only now: while it was fed it had what the log has.
+            self._seq, self._note = len(log._texts), len(log._notes)
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:

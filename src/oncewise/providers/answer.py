@@ -33,8 +33,8 @@ _FINISH = {
 }
 # DeepSeek and OpenRouter (and Mistral) end a stream that failed on their side with these.
 _FAILED = frozenset({"insufficient_system_resource", "error"})
-_SUBSTANCE = ("content", "tool_calls", "function_call", "refusal", "audio")
-_REASONING = ("reasoning_content", "reasoning")
+_SUBSTANCE = frozenset({"content", "tool_calls", "function_call", "refusal", "audio"})
+_REASONING = frozenset({"reasoning_content", "reasoning"})
 
 
 class Verifier:
@@ -50,19 +50,22 @@ class Verifier:
         self._asked = choices
         self._finishes: dict[int, str | None] = {}
         self._has_substance = False
+        self._whole = False
         self._last: Chunk = {}
 
     def take(self, chunk: Chunk) -> None:
         """Take one chunk.
 
         Raises:
-            ProviderProtocolError: its shape is not that of a chunk, or the answer is too large.
+            ProviderProtocolError: its shape is not that of a chunk, the answer is too large, or it ends empty.
             ProviderError: the provider says that it failed.
         """
         self._last = chunk
         for choice in _objects(self._provider, chunk.get("choices")):
             self._take_choice(choice)
-        if self._finishes and len(self._finishes) >= self._asked and all(self._finishes.values()):
+        if self._whole:
+            # Now and not at the end: this chunk would be passed on, and look like the end of an answer.
+            self._check_substance()
             self._call.finished()
 
     def end(self, *, done: bool) -> Chunk | None:
@@ -79,13 +82,17 @@ class Verifier:
         open_choices = [index for index, finish in self._finishes.items() if finish is None]
         if not self._finishes or (open_choices and not done):
             raise broken(f"{self._provider} ended its answer without a finish reason.")
-        if not self._has_substance and {*self._finishes.values()} <= {None, "stop"}:
-            raise broken(f"{self._provider} sent an empty answer.")
+        self._check_substance()
         if not open_choices:
             return None
         ends = [{"index": index, "delta": {}, "finish_reason": "stop"} for index in open_choices]
         head: Chunk = {name: self._last[name] for name in ("id", "object", "created", "model") if name in self._last}
         return head | {"choices": ends}
+
+    def _check_substance(self) -> None:
+        if not self._has_substance and {*self._finishes.values()} <= {None, "stop"}:
+            # Some prompts lead to it; who sends them must not be able to have the model taken for broken.
+            raise broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
 
     def _take_choice(self, choice: Mapping[str, Any]) -> None:
         index, finish = choice.get("index", 0), choice.get("finish_reason")
@@ -93,24 +100,27 @@ class Verifier:
             raise _malformed(self._provider)
         if index >= self._asked:
             return  # nobody asked for it, and it may never end
-        named = finish if isinstance(finish, str) and finish else None
-        if named in _FAILED:
-            raise ProviderError(f"{self._provider} gave up on its answer.")
-        self._finishes[index] = named or self._finishes.get(index)
-        delta = _delta(self._provider, choice)
-        if any(delta.get(name) for name in _REASONING):
-            self._call.token()
-        for name in _SUBSTANCE:
-            if delta.get(name):
+        if isinstance(finish, str) and finish:
+            self._take_finish(index, finish)
+        else:
+            self._finishes.setdefault(index, None)
+        for name, value in _delta(self._provider, choice).items():
+            if value and name in _SUBSTANCE:
                 self._has_substance = True
-                self._call.text(_written(self._provider, name, delta[name]))
+                self._call.text(value if isinstance(value, str) else _written(self._provider, name, value))
+            elif value and name in _REASONING:
+                self._call.token()
+
+    def _take_finish(self, index: int, reason: str) -> None:
+        if reason in _FAILED:
+            raise ProviderError(f"{self._provider} gave up on its answer.")
+        self._finishes[index] = reason
+        self._whole = len(self._finishes) >= self._asked and all(self._finishes.values())
 
 
 def _written(provider: str, name: str, value: Any) -> str:
-    """The text whose size counts."""
-    if name == "content":
-        return _text(provider, value)
-    return value if isinstance(value, str) else str(value)
+    """The text whose size counts, of a value that is none itself."""
+    return _text(provider, value) if name == "content" else str(value)
 
 
 async def as_text(provider: str, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[ProviderEvent, None]:
@@ -143,7 +153,7 @@ class _Reader:
     def take(self, chunk: Chunk) -> str:
         """Take one chunk; return its text."""
         if isinstance(chunk.get("model"), str):
-            self._model = chunk["model"]
+            self._model = _storable(chunk["model"])
         usage, cost_usd = usage_of(chunk)
         self._usage = usage or self._usage
         self._cost_usd = self._cost_usd if cost_usd is None else cost_usd
@@ -170,7 +180,7 @@ class _Reader:
             return ProviderError(f"{self._provider} withheld the whole answer.", retryable=False)
         if reason is FinishReason.LENGTH:
             return broken(f"{self._provider} used up its token limit before the first text.", retryable=False)
-        return broken(f"{self._provider} sent an empty answer.")
+        return broken(f"{self._provider} sent an empty answer.", self_inflicted=True)
 
     def _take_choice(self, choice: Mapping[str, Any]) -> str:
         if choice.get("index", 0) != 0:
@@ -178,7 +188,7 @@ class _Reader:
         finish = choice.get("finish_reason")
         self._finish = finish if isinstance(finish, str) and finish else self._finish
         content = _delta(self._provider, choice).get("content")
-        return _text(self._provider, content).replace("\0", "")  # no database stores NUL, and no reader sees it
+        return _storable(_text(self._provider, content))
 
     def _take_citations(self, chunk: Chunk) -> None:
         for name in ("citations", "search_results"):
@@ -194,6 +204,10 @@ def _delta(provider: str, choice: Mapping[str, Any]) -> dict[str, Any]:
     return delta
 
 
+def _storable(text: str) -> str:
+    return text.replace("\0", "")  # no database stores NUL, and no reader sees it
+
+
 def _text(provider: str, content: Any) -> str:
     if isinstance(content, list):  # Mistral's reasoning models: parts, of which some are text
         parts = [part.get("text") for part in _objects(provider, content) if part.get("type") == "text"]
@@ -206,8 +220,11 @@ def _text(provider: str, content: Any) -> str:
 def _objects(provider: str, value: Any) -> list[dict[str, Any]]:
     if value is None:
         return []
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+    if not isinstance(value, list):
         raise _malformed(provider)
+    for item in value:
+        if not isinstance(item, dict):
+            raise _malformed(provider)
     return value
 
 

@@ -9,10 +9,9 @@ Deliberately absent: retries (the flight's), pacing (the pacer's), and the meani
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,8 @@ import orjson
 
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderTimeout
 from oncewise.providers.event_stream import Event, EventNotUtf8, EventStream, EventTooLarge
+from oncewise.providers.halves import Halves
+from oncewise.providers.patience import Patience
 from oncewise.providers.refusals import error_names, refusal, retry_after_s, retry_delay_s
 from oncewise.providers.transport import (
     ConnectTimedOut,
@@ -61,6 +62,7 @@ class Call:
     def __init__(self, provider: str, timers: Timers) -> None:
         self._provider = provider
         self._timers = timers
+        self._patience = Patience()
         self._now_s = asyncio.get_running_loop().time
         now_s = self._now_s()
         self._end_by_s = now_s + timers.total_s
@@ -80,7 +82,7 @@ class Call:
             ProviderProtocolError: the answer exceeds 4 MiB; not retryable.
         """
         self.token()
-        self._bytes += len(text.encode())
+        self._bytes += len(text) if text.isascii() else len(text.encode())
         if self._bytes > MAX_ANSWER_BYTES:
             raise broken(f"{self._provider} sent an answer of more than 4 MiB.", retryable=False)
 
@@ -101,12 +103,12 @@ class Call:
         Once the answer is `finished`, a body that is cut or does not end is an end like any other.
 
         Raises:
-            ProviderError, ProviderRateLimited, ProviderProtocolError, ProviderTimeout: as the port says.
+            OncewiseError: as the port says.
         """
         try:
-            async with AsyncExitStack() as connection:
-                async with asyncio.timeout_at(self._token_by_s):
-                    reply = await connection.enter_async_context(transport.post(path, self._encoded(body)))
+            with self._patience.until(self._token_by_s):
+                reply = await transport.post(path, self._encoded(body))
+            with closing(reply):
                 self._answered = True
                 await self._verify(reply)
                 stream = EventStream()
@@ -122,6 +124,8 @@ class Call:
             raise broken(f"{self._provider} sent an event of more than 1 MiB.", retryable=False) from None
         except EventNotUtf8:
             raise broken(f"{self._provider} sent text that is not UTF-8.") from None
+        finally:
+            self._patience.end()
 
     def _encoded(self, body: Mapping[str, Any]) -> bytes:
         try:
@@ -130,10 +134,9 @@ class Call:
             # Lone surrogates and integers beyond 64 bits: the edge refuses them, so they are not worth a retry here.
             raise ProviderError("The request cannot be written as JSON in UTF-8.", retryable=False) from None
 
-    async def _piece(self, reply: Reply) -> bytes | None:
-        until_s = self._end_by_s if self._finished else min(self._end_by_s, self._token_by_s)
-        async with asyncio.timeout_at(until_s):
-            return await anext(reply.body, None)
+    async def _piece(self, reply: Reply) -> bytes:
+        with self._patience.until(self._end_by_s if self._finished else min(self._end_by_s, self._token_by_s)):
+            return await reply.read()
 
     async def _verify(self, reply: Reply) -> None:
         if reply.status != 200:
@@ -148,9 +151,9 @@ class Call:
 
     async def _error_body(self, reply: Reply) -> bytes:
         body = b""
-        with contextlib.suppress(TransportError, TimeoutError):
+        with suppress(TransportError, TimeoutError):
             async with asyncio.timeout(ERROR_BODY_S):
-                async for piece in reply.body:
+                while piece := await reply.read():
                     body += piece
                     if len(body) > MAX_ERROR_BYTES:
                         return b""
@@ -158,7 +161,10 @@ class Call:
 
     def _failure(self, error: Exception) -> OncewiseError:
         if isinstance(error, TimeoutError):
-            return ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            late = ProviderTimeout(f"{self._provider} {self._lateness()}.")
+            # An answer that came all along and was too long for its time says nothing against the provider.
+            late.self_inflicted = self._begun and self._now_s() < self._token_by_s
+            return late
         if isinstance(error, ConnectTimedOut):
             return ProviderTimeout(f"{self._provider} could not be reached in time.")
         if isinstance(error, Unreachable):
@@ -175,22 +181,23 @@ class Call:
         return f"did not begin to answer within {self._timers.first_token_s:g} s"
 
 
-def broken(detail: str, *, retryable: bool = True) -> ProviderProtocolError:
+def broken(detail: str, *, retryable: bool = True, self_inflicted: bool = False) -> ProviderProtocolError:
     """The error for an answer that is not what the wire promises."""
     error = ProviderProtocolError(detail)
     error.retryable = retryable
+    error.self_inflicted = self_inflicted
     return error
 
 
-def json_object(provider: str, event: Event) -> dict[str, Any]:
-    """The JSON object in an event's data.
+def json_object(provider: str, event: Event, halves: Halves) -> dict[str, Any]:
+    """The JSON object in an event's data; `halves` has read the events before it.
 
     Raises:
         ProviderProtocolError: it is not one; lone surrogates and numbers that are not JSON included.
     """
     try:
-        value = orjson.loads(event.data)
-    except orjson.JSONDecodeError:
+        value = halves.read(event.data)
+    except ValueError:
         raise broken(f"{provider} sent an event that is not JSON.") from None
     if not isinstance(value, dict):
         raise broken(f"{provider} sent an event that is not a JSON object.")

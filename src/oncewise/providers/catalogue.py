@@ -30,11 +30,13 @@ class Quirks:
     Attributes:
         usage_option: Whether it takes `stream_options.include_usage`; those that do not send usage unasked.
         done_ends: Whether `[DONE]` completes an answer that had no finish reason.
+        alternates: Whether it refuses messages whose roles do not take turns.
         renamed: Our name of a parameter → its name for it.
     """
 
     usage_option: bool = True
     done_ends: bool = False
+    alternates: bool = False
     renamed: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -59,6 +61,8 @@ class CatalogueEntry:
 _OPENAI = Quirks(renamed=MappingProxyType({"max_tokens": "max_completion_tokens"}))
 # Mistral answers 422 to fields it does not know (avante-corp/avante.nvim#2347), and sends usage unasked.
 _MISTRAL = Quirks(usage_option=False, renamed=MappingProxyType({"seed": "random_seed"}))
+# Perplexity wants user and assistant in turn after the system message (perplexityai/api-discussion#265).
+_PERPLEXITY = Quirks(alternates=True)
 # Ollama sends a null finish reason on complete answers (pydantic/pydantic-ai#6610).
 _OLLAMA = Quirks(done_ends=True)
 
@@ -68,7 +72,7 @@ CATALOGUE: Mapping[str, CatalogueEntry] = MappingProxyType(
         for entry in (
             # Perplexity is reported to have closed this wire on its own host on 27 September 2026 in favour of OpenAI's
             # Responses (danielmiessler/Fabric PR #2276, @ai-sdk/perplexity 3.1.0), which no adapter here speaks.
-            CatalogueEntry("perplexity", "https://api.perplexity.ai", "sonar"),
+            CatalogueEntry("perplexity", "https://api.perplexity.ai", "sonar", quirks=_PERPLEXITY),
             CatalogueEntry("openai", "https://api.openai.com/v1", "gpt-6-luna", quirks=_OPENAI),
             CatalogueEntry("anthropic", "https://api.anthropic.com/v1", "claude-haiku-5-5", wire=Wire.ANTHROPIC),
             CatalogueEntry(

@@ -10,7 +10,7 @@ Deliberately absent: JSON, what an event means, and reconnecting.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 __all__ = ["Event", "EventNotUtf8", "EventStream", "EventTooLarge"]
 
@@ -27,8 +27,7 @@ class EventNotUtf8(Exception):
     """An event is not UTF-8."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One event.
 
     Attributes:
@@ -71,8 +70,9 @@ class EventStream:
             EventNotUtf8: a field of a complete event is not strict UTF-8.
         """
         for line in self._lines(self._without_bom(piece)):
-            event = self._take(line)
-            if event is not None:
+            if line:
+                self._take(line)
+            elif (event := self._dispatch()) is not None:
                 yield event
         self._check(len(self._line))
 
@@ -86,23 +86,22 @@ class EventStream:
         self._head = None
         return head.removeprefix(_BOM)
 
-    def _lines(self, piece: bytes) -> Iterator[bytes]:
+    def _lines(self, piece: bytes) -> list[bytes]:
+        """The lines that this piece completes."""
         if self._after_cr and piece:
             # The CR ended its line at once: waiting for a LF that may never come would hold the event back.
             self._after_cr = False
             piece = piece.removeprefix(b"\n")
-        start = 0
-        for end in _LINE_END.finditer(piece):
-            line = bytes(self._line) + piece[start : end.start()]
+        # Most streams have no CR, and splitting at one character takes a tenth of the time.
+        *lines, rest = _LINE_END.split(piece) if b"\r" in piece else piece.split(b"\n")
+        self._after_cr = self._after_cr or (not rest and piece.endswith(b"\r"))
+        if lines and self._line:
+            lines[0] = bytes(self._line) + lines[0]
             self._line.clear()
-            start = end.end()
-            yield line
-        self._line += piece[start:]
-        self._after_cr = start == len(piece) and piece.endswith(b"\r")
+        self._line += rest
+        return lines
 
-    def _take(self, line: bytes) -> Event | None:
-        if not line:
-            return self._dispatch()
+    def _take(self, line: bytes) -> None:
         self._check(len(line))
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
@@ -115,14 +114,13 @@ class EventStream:
             self._last_id = _decoded(value)
         elif name == b"retry" and value.isdigit() and len(value) < 10:
             self._retry_ms = int(value)
-        return None
 
     def _dispatch(self) -> Event | None:
         data, name, retry_ms = b"\n".join(self._data), self._name, self._retry_ms
         self._clear()
         if not data:
             return None
-        return Event(_decoded(data), _decoded(name), self._last_id, retry_ms)
+        return Event(_decoded(data), _decoded(name) if name else "", self._last_id, retry_ms)
 
     def _check(self, more: int) -> None:
         if self._size + more > self._max_event_bytes:

@@ -6,6 +6,8 @@
 `api_base`, `api_key`       of the provider; `os.environ/NAME` is looked up, `environment_variables` included
 `rpm`                       calls a minute; also the calls that may run at a time, as with LiteLLM
 `max_parallel_requests`     the calls that may run at a time
+`input_cost_per_token`,     the model's price, in `litellm_params` or `model_info`, if both are there
+`output_cost_per_token`
 =========================== ======================================================================================
 
 Deployments that differ in host, key or limit are providers of their own, since here limits belong to providers. Those
@@ -20,7 +22,7 @@ adapter speaks (Azure, Bedrock, Vertex).
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from oncewise.providers.catalogue import CATALOGUE
@@ -42,6 +44,7 @@ _INFERRED = {
 }
 # Where LiteLLM looks for a key under another name than we do.
 _OTHER_KEYS = {"kimi": "MOONSHOT_API_KEY", "perplexity": "PERPLEXITYAI_API_KEY"}
+_COSTS = ("input_cost_per_token", "output_cost_per_token")
 _READ = frozenset({"model", "custom_llm_provider", "api_base", "base_url", "api_key", "rpm", "max_parallel_requests"})
 _MOST = 10_000
 
@@ -68,6 +71,7 @@ class _Deployment:
     api_key: str | None = field(repr=False)
     rps: float | None
     concurrency: int | None
+    price: tuple[float, float] | None = None
 
     @property
     def lane(self) -> tuple[Any, ...]:
@@ -118,6 +122,7 @@ class _Reader:
         self._environ = environ
         self._providers: dict[tuple[Any, ...], tuple[str, Json]] = {}
         self._aliases: dict[str, str] = {}
+        self._prices: dict[str, Json] = {}
         self._seen: Counter[str] = Counter()
         self._without_meaning: set[str] = set()
         self._skipped: list[str] = []
@@ -130,17 +135,27 @@ class _Reader:
             raise BadModelList(f"{place}.model_name: must be a string")
         if not isinstance(given, dict):
             raise BadModelList(f"{place}.litellm_params: must be a mapping")
-        self._without_meaning |= {str(field) for field in entry if field not in ("model_name", "litellm_params")}
-        self._without_meaning |= {f"litellm_params.{field}" for field in given if field not in _READ}
+        info = entry.get("model_info")
+        prices = {**(info if isinstance(info, dict) else {}), **given}
+        price = _price(prices, place)
+        self._note_unread(entry, given, info, () if price is None else _COSTS)
         deployment = self._deployment(name, given, f"{place}.litellm_params")
         if deployment is not None:
+            deployment = replace(deployment, price=price)
             self._seen[name] += 1
             if self._seen[name] == 1:
                 self._offer(deployment)
 
+    def _note_unread(self, entry: Json, given: Json, info: Any, costs: tuple[str, ...]) -> None:
+        known = {"model_name", "litellm_params"}
+        if isinstance(info, dict) and info.keys() <= {*costs}:
+            known.add("model_info")
+        self._without_meaning |= {str(field) for field in entry if field not in known}
+        self._without_meaning |= {f"litellm_params.{field}" for field in given if field not in {*_READ, *costs}}
+
     def settings(self) -> Json:
-        """`providers` and `aliases` as in our own file."""
-        return {"providers": dict(self._providers.values()), "aliases": self._aliases}
+        """`providers`, `aliases` and `prices` as in our own file."""
+        return {"providers": dict(self._providers.values()), "aliases": self._aliases, "prices": self._prices}
 
     def warnings(self, unread: list[str]) -> Iterator[str]:
         """What a user should know who expects LiteLLM's behaviour."""
@@ -205,9 +220,16 @@ class _Reader:
                 self._unlimited.append(self._providers[deployment.lane][0])
         provider, table = self._providers[deployment.lane]
         if deployment.model is not None:
+            self._set_price(f"{provider}/{deployment.model}", deployment.price)
             table.setdefault("default_model", deployment.model)
             if deployment.name != f"{provider}/{deployment.model}":
                 self._aliases[deployment.name] = f"{provider}/{deployment.model}"
+
+    def _set_price(self, model: str, price: tuple[float, float] | None) -> None:
+        if price is not None:
+            named = ("input_usd_per_mtok", "output_usd_per_mtok")
+            # Rounded, since 2.5e-06 a million times is not quite 2.5.
+            self._prices.setdefault(model, {name: round(usd * 1e6, 9) for name, usd in zip(named, price, strict=True)})
 
     def _table(self, deployment: _Deployment) -> tuple[str, Json]:
         dialect = deployment.dialect
@@ -270,6 +292,24 @@ def _limits(given: Json, place: str) -> tuple[float | None, int | None]:
     parallel = _number(given.get("max_parallel_requests"), f"{place}.max_parallel_requests") or rpm
     rps = min(rpm / 60, _MOST) if rpm else None
     return rps, min(max(1, int(parallel)), _MOST) if parallel else None
+
+
+def _price(given: Json, place: str) -> tuple[float, float] | None:
+    """US dollars for a token of the prompt and of the answer; None unless both are there."""
+    if any(given.get(name) is None for name in _COSTS):
+        return None
+    costs = []
+    for name in _COSTS:
+        value = given[name]
+        try:
+            # To YAML, 1e-6 is a text.
+            cost = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+        except (ValueError, OverflowError):
+            cost = -1.0
+        if not 0 <= cost <= 1:
+            raise BadModelList(f"{place}.{name}: must be a number from 0 to 1")
+        costs.append(cost)
+    return costs[0], costs[1]
 
 
 def _number(value: Any, place: str) -> float | None:

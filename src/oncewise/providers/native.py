@@ -17,6 +17,7 @@ from oncewise.ports import Chunk, ProviderEvent
 from oncewise.providers.answer import Verifier, as_text
 from oncewise.providers.call import Call, Timers, json_object
 from oncewise.providers.chat_shape import as_completion
+from oncewise.providers.halves import Halves
 from oncewise.providers.transport import HttpTransport, Transport
 
 __all__ = ["NativeProvider", "Translation"]
@@ -109,15 +110,23 @@ class NativeProvider(ABC):
                 yield chunk
             verifier.end(done=False)
 
+    async def reach(self) -> int:
+        """The status of the list of models, which costs nothing. Says whether the host answers and takes the key.
+
+        Raises:
+            TransportError: the host did not answer.
+        """
+        return await self._transport.status("models")
+
     async def aclose(self) -> None:
         await self._transport.aclose()
 
     async def _chunks(self, body: Mapping[str, Any], call: Call) -> AsyncGenerator[Json, None]:
-        translation = self._translation(int(self._now_s()))
+        translation, halves = self._translation(int(self._now_s())), Halves()
         path, asked = self._request(body)
         async with aclosing(call.events(self._transport, path, asked)) as events:
             async for event in events:
-                for chunk in translation.take(json_object(self._name, event)):
+                for chunk in translation.take(json_object(self._name, event, halves)):
                     yield chunk
                 if translation.finished:
                     call.finished()

@@ -9,10 +9,12 @@ from typing import Any
 
 from oncewise.model import ChatRequest, CompletionRequest
 from oncewise.ports import Chunk, ProviderEvent
+from oncewise.providers.alternation import alternating
 from oncewise.providers.answer import Verifier, as_text
 from oncewise.providers.call import Call, Timers, json_object
 from oncewise.providers.catalogue import Quirks
 from oncewise.providers.chat_shape import as_completion
+from oncewise.providers.halves import Halves
 from oncewise.providers.refusals import stream_refusal
 from oncewise.providers.transport import HttpTransport, Transport
 
@@ -68,14 +70,14 @@ class OpenAICompatibleProvider:
 
     async def chunks(self, request: CompletionRequest) -> AsyncGenerator[Chunk, None]:
         call = Call(self._name, self._timers)
-        verifier = Verifier(self._name, call, request.choices)
+        verifier, halves = Verifier(self._name, call, request.choices), Halves()
         done = False
         async with aclosing(call.events(self._transport, "chat/completions", self._body(request))) as events:
             async for event in events:
                 if event.data == "[DONE]":
                     done = True
                     break
-                chunk = json_object(self._name, event)
+                chunk = json_object(self._name, event, halves)
                 if chunk.get("error") or event.name == "error":
                     raise stream_refusal(self._name, chunk.get("error"))
                 verifier.take(chunk)
@@ -87,14 +89,25 @@ class OpenAICompatibleProvider:
             async for _ in events:
                 pass  # the rest of the body, so that the connection can be used again
 
+    async def reach(self) -> int:
+        """The status of the list of models, which costs nothing. Says whether the host answers and takes the key.
+
+        Raises:
+            TransportError: the host did not answer.
+        """
+        return await self._transport.status("models")
+
     async def aclose(self) -> None:
         await self._transport.aclose()
 
     def _body(self, request: CompletionRequest) -> dict[str, Any]:
         quirks = self._quirks
-        return {
+        body = {
             **{quirks.renamed.get(name, name): value for name, value in request.body.items()},
             "model": request.model,
             "stream": True,
             **({"stream_options": {"include_usage": True}} if quirks.usage_option else {}),
         }
+        if quirks.alternates:
+            body["messages"] = alternating(body.get("messages"))
+        return body

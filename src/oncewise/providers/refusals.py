@@ -13,11 +13,11 @@ from typing import Any
 
 import orjson
 
-from oncewise.errors import OncewiseError, ProviderError, ProviderRateLimited
+from oncewise.errors import OncewiseError, ProviderError, ProviderRateLimited, ProviderUnavailable
 
 __all__ = ["error_names", "refusal", "retry_after_s", "retry_delay_s", "stream_refusal"]
 
-MAX_RETRY_AFTER_S = 3600.0
+MAX_RETRY_AFTER_S = 86_400.0
 
 _TRANSIENT = frozenset({408, 409, 425})
 _OUT_OF_CREDIT = frozenset({"insufficient_quota", "billing_not_active", "billing_hard_limit_reached", "billing_error"})
@@ -51,7 +51,9 @@ def refusal(provider: str, status: int, names: frozenset[str], retry_after: floa
             f"{provider} refused the call: its rate limit is reached.", retry_after_s=retry_after
         )
     if status >= 500 or status in _TRANSIENT:
-        return ProviderError(f"{provider} failed with status {status}.", retry_after_s=retry_after)
+        if retry_after is not None:
+            return ProviderUnavailable(f"{provider} failed with status {status}.", retry_after_s=retry_after)
+        return ProviderError(f"{provider} failed with status {status}.")
     return ProviderError(_advice(provider, status), retryable=False)
 
 
@@ -71,7 +73,7 @@ def error_names(body: bytes) -> frozenset[str]:
 
 
 def retry_delay_s(body: bytes) -> float | None:
-    """Seconds to wait, at most an hour, as Google says it in the body (`google.rpc.RetryInfo`); None if it does not."""
+    """Seconds to wait, at most a day, as Google says it in the body (`google.rpc.RetryInfo`); None if it does not."""
     for detail in _details(_error_object(body)):
         delay = detail.get("retryDelay")
         seconds = _seconds(delay.removesuffix("s")) if isinstance(delay, str) else None
@@ -81,7 +83,7 @@ def retry_delay_s(body: bytes) -> float | None:
 
 
 def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """Seconds the provider asks to wait, at most an hour; None if it does not say, or not in a form we know.
+    """Seconds the provider asks to wait, at most a day; None if it does not say, or not in a form we know.
 
     Args:
         headers: Names in lower case.

@@ -1,32 +1,49 @@
-"""The one door to a provider's host: an HTTP connection pool that posts JSON and gives back raw bytes.
+"""The one door to a provider's host: a pool of HTTP connections that post JSON and give back raw bytes.
 
-Everything that could decide behind our back is off: retries, redirects, proxies and certificates named by the
-environment, decompression (a small body may unpack to any size), and read timeouts, since a timeout per read begins
-anew with every keep-alive comment. What the library raises is translated here.
+Nothing decides behind our back: there are no retries, redirects or cookies, no proxies or certificates named by the
+environment, no decompression (a small body may unpack to any size), and no read timeouts, since a timeout per read
+begins anew with every keep-alive comment.
+
+The client is ours because the well-kept ones cost more than all the rest of a call
+([decision 18](docs/decisions/0018-own-http-client.md)).
 
 Deliberately absent: what the bytes mean, when to give up on them, and which status is an error.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass
-from functools import cache
+import asyncio
+import socket
+import ssl
+from collections.abc import Mapping
+from contextlib import closing
+from functools import partial
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
+from urllib.parse import SplitResult, quote, urlsplit
 
-if TYPE_CHECKING:
-    import ssl
+from aiohappyeyeballs import start_connection
 
-    import httpx2
+from oncewise.providers.http1 import ClientConnection, ConnectionLost, MalformedHttp, Reply, TransportError
+from oncewise.providers.trust import system_trust
 
-__all__ = ["ConnectTimedOut", "ConnectionLost", "HttpTransport", "MalformedHttp", "Reply", "Transport", "Unreachable"]
+__all__ = [
+    "ConnectTimedOut",
+    "ConnectionLost",
+    "HttpTransport",
+    "MalformedHttp",
+    "Reply",
+    "Transport",
+    "TransportError",
+    "Unreachable",
+]
 
 CONNECT_S = 5.0
+KEEP_S = 60.0
+NEXT_ADDRESS_S = 0.25
+"""After which the next address of a host is tried beside the first, as RFC 8305 says."""
+MAX_URL_CHARS = 2048
 
-
-class TransportError(Exception):
-    """The exchange failed below HTTP's meaning."""
+_FIELDS = {"accept-encoding": "identity", "content-type": "application/json"}
+_IN_PATHS = "/%:@!$&'()*+,;=~"
 
 
 class Unreachable(TransportError):
@@ -37,44 +54,22 @@ class ConnectTimedOut(Unreachable):
     """No connection was made in time, or none of the pool came free."""
 
 
-class ConnectionLost(TransportError):
-    """The connection broke, or was closed by us."""
-
-
-class MalformedHttp(TransportError):
-    """The other side did not keep to HTTP: a body that ends too early, most often."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The head of a response, and its body as it comes.
-
-    Attributes:
-        headers: Names in lower case.
-        body: The raw bytes, not decompressed; raises `ConnectionLost` or `MalformedHttp`.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: AsyncGenerator[bytes, None]
-
-    @property
-    def content_type(self) -> str:
-        """The media type, in lower case, without parameters."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
 class Transport(Protocol):
     """What an adapter needs of a provider's host."""
 
-    def post(self, path: str, body: bytes) -> AbstractAsyncContextManager[Reply]:
-        """Send one request with a JSON body; never repeats or redirects it.
-
-        Leaving the context closes the connection unless the body was read to its end, in which case it is kept for
-        the next request.
+    async def post(self, path: str, body: bytes) -> Reply:
+        """Send one request with a JSON body, and wait for the head of its response; never repeats or redirects it.
 
         Raises:
-            TransportError: on entry or out of the body.
+            TransportError: there was none. Reading the reply raises it too.
+        """
+        ...
+
+    async def status(self, path: str) -> int:
+        """Ask for `path` with GET; the status of the answer, whose body is not read.
+
+        Raises:
+            TransportError: there was none.
         """
         ...
 
@@ -86,70 +81,165 @@ class Transport(Protocol):
 class HttpTransport:
     """A pool of connections to one provider. Belongs to the event loop that first uses it.
 
+    Args:
+        headers: Sent with every request.
+        connections: How many there may be at a time.
+        connect_s: Seconds until one of the pool comes free, and then until a new one stands.
+        keep_s: Seconds for which an idle connection is kept.
+        tls: How to judge the provider's certificate; if not given, by what this machine trusts.
+
     Raises:
         ValueError: the URL is not https (or plain http to loopback), or a header cannot be sent. The message does not
             repeat the value.
     """
 
     def __init__(
-        self, base_url: str, *, headers: Mapping[str, str], connections: int, connect_s: float = CONNECT_S
+        self,
+        base_url: str,
+        *,
+        headers: Mapping[str, str],
+        connections: int,
+        connect_s: float = CONNECT_S,
+        keep_s: float = KEEP_S,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        import httpx2  # noqa: PLC0415  # 0.2 s of imports, which a server with the demo provider alone does not need
-
         check_base_url(base_url)
         check_headers(headers)
-        try:
-            self._base_url = str(httpx2.URL(base_url)).rstrip("/")
-        except httpx2.InvalidURL:
-            raise ValueError("The base URL is not a URL.") from None
-        self._httpx2 = httpx2
+        url = urlsplit(base_url)
+        secure = url.scheme == "https"
+        self._host = (url.hostname or "").encode("idna").decode("ascii")
+        self._port = url.port or (443 if secure else 80)
+        self._tls = (tls or system_trust()) if secure else None
+        self._path = quote(url.path.rstrip("/"), safe=_IN_PATHS)
+        self._fields = _lines({"host": _authority(self._host, url), **_FIELDS, **headers})
+        self._connect_s = connect_s
+        self._keep_s = keep_s
+        self._turns = asyncio.Semaphore(connections)
+        self._busy: dict[ClientConnection, object] = {}  # and the exchange that it is used for
+        self._idle: dict[ClientConnection, float] = {}  # and since when; the longest idle first
+        self._reaper: asyncio.TimerHandle | None = None
         self._closed = False
-        self._client = httpx2.AsyncClient(
-            headers={"accept-encoding": "identity", "content-type": "application/json", **headers},
-            timeout=httpx2.Timeout(None, connect=connect_s, pool=connect_s),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-            follow_redirects=False,
-            trust_env=False,
-            verify=_tls(),
-        )
 
-    @asynccontextmanager
-    async def post(self, path: str, body: bytes) -> AsyncIterator[Reply]:
-        response = await self._send(path, body)
+    async def post(self, path: str, body: bytes) -> Reply:
+        return await self._ask("POST", path, body)
+
+    async def status(self, path: str) -> int:
+        with closing(await self._ask("GET", path, b"")) as reply:
+            return reply.status
+
+    async def _ask(self, method: str, path: str, body: bytes) -> Reply:
+        length = f"content-length: {len(body)}\r\n" if body else ""
+        head = f"{method} {self._path}/{path} HTTP/1.1\r\n{self._fields}{length}\r\n"
+        connection, exchange = await self._connection(), object()
+        self._busy[connection] = exchange
         try:
-            async with aclosing(self._body(response)) as pieces:
-                yield Reply(response.status_code, dict(response.headers), pieces)
-        finally:
-            await response.aclose()
+            return await connection.ask(head.encode("ascii"), body, partial(self._end, connection, exchange))
+        except BaseException:
+            self._end(connection, exchange)
+            raise
+
+    def _end(self, connection: ClientConnection, exchange: object) -> None:
+        # Closed a second time, a reply must not end the exchange that follows its own on the same connection.
+        if self._busy.get(connection) is exchange:
+            del self._busy[connection]
+            self._keep(connection)
+            self._turns.release()
 
     async def aclose(self) -> None:
         self._closed = True
-        await self._client.aclose()
+        if self._reaper is not None:
+            self._reaper.cancel()
+        for connection in (*self._busy, *self._idle):
+            connection.abort()
+        await asyncio.sleep(0)  # the event loop closes sockets in its next round
 
-    async def _send(self, path: str, body: bytes) -> "httpx2.Response":
+    async def _connection(self) -> ClientConnection:
+        """A connection for one exchange, idle or new."""
+        await self._turn()
+        try:
+            return self._take_idle() or await self._connect()
+        except BaseException:
+            self._turns.release()
+            raise
+
+    async def _turn(self) -> None:
+        if not self._turns.locked():
+            await self._turns.acquire()  # at once
+            return
+        try:
+            async with asyncio.timeout(self._connect_s):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise ConnectTimedOut from None
+
+    # -- connections ---------------------------------------------------------------------------------------------
+
+    @property
+    def connections(self) -> int:
+        """How many stand now."""
+        return len(self._busy) + len(self._idle)
+
+    async def _connect(self) -> ClientConnection:
+        try:
+            async with asyncio.timeout(self._connect_s):
+                connection = await self._connected()
+        except TimeoutError:
+            raise ConnectTimedOut from None
+        except (OSError, RuntimeError) as error:  # uvloop has both for a connection that fails
+            raise Unreachable from error
+        if self._closed:
+            connection.abort()
+            raise Unreachable
+        return connection
+
+    async def _connected(self) -> ClientConnection:
         if self._closed:
             raise Unreachable
-        request = self._client.build_request("POST", f"{self._base_url}/{path}", content=body)
+        loop = asyncio.get_running_loop()
+        addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        made = await start_connection(addresses, happy_eyeballs_delay=NEXT_ADDRESS_S)
         try:
-            return await self._client.send(request, stream=True)
-        except (self._httpx2.HTTPError, self._httpx2.StreamError) as error:
-            raise self._translated(error) from error
+            _, connection = await loop.create_connection(
+                lambda: ClientConnection(self._lost),
+                sock=made,
+                ssl=self._tls,
+                server_hostname=self._host if self._tls else None,
+            )
+        except BaseException:
+            made.close()
+            raise
+        return connection
 
-    async def _body(self, response: "httpx2.Response") -> AsyncGenerator[bytes, None]:
-        try:
-            async with aclosing(response.aiter_raw()) as pieces:
-                async for piece in pieces:
-                    yield piece
-        except (self._httpx2.HTTPError, self._httpx2.StreamError) as error:
-            raise self._translated(error) from error
+    def _take_idle(self) -> ClientConnection | None:
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if not connection.is_stale():
+                return connection
+            connection.abort()
+        return None
 
-    def _translated(self, error: Exception) -> TransportError:
-        httpx2 = self._httpx2
-        if isinstance(error, httpx2.ConnectTimeout | httpx2.PoolTimeout):
-            return ConnectTimedOut()
-        if isinstance(error, httpx2.ConnectError | httpx2.UnsupportedProtocol):
-            return Unreachable()
-        return MalformedHttp() if isinstance(error, httpx2.ProtocolError) else ConnectionLost()
+    def _keep(self, connection: ClientConnection) -> None:
+        if self._closed or not connection.reusable:
+            connection.abort()
+            return
+        loop = asyncio.get_running_loop()
+        self._idle[connection] = loop.time()
+        if self._reaper is None:
+            self._reaper = loop.call_later(self._keep_s, self._reap)
+
+    def _reap(self) -> None:
+        """Close what nobody used for long: a crowd may have needed many more connections than are needed now."""
+        loop = asyncio.get_running_loop()
+        self._reaper = None
+        for connection, since_s in [*self._idle.items()]:
+            if since_s + self._keep_s > loop.time():
+                self._reaper = loop.call_at(since_s + self._keep_s, self._reap)
+                return
+            self._lost(connection)
+            connection.abort()
+
+    def _lost(self, connection: ClientConnection) -> None:
+        self._idle.pop(connection, None)
 
 
 def check_base_url(base_url: str) -> None:
@@ -164,7 +254,11 @@ def check_base_url(base_url: str) -> None:
         (host or "").encode("idna")  # what the resolver does, whose UnicodeError would come at the first call
     except ValueError:
         raise ValueError("The base URL is not a URL.") from None
-    if not host or any(character.isspace() or not character.isprintable() for character in base_url):
+    if (
+        not host
+        or len(base_url) > MAX_URL_CHARS
+        or any(character.isspace() or not character.isprintable() for character in base_url)
+    ):
         raise ValueError("The base URL is not a URL.")
     if url.username is not None or url.password is not None or url.query or url.fragment:
         raise ValueError("The base URL must not have a user, a password, a query or a fragment.")
@@ -183,12 +277,13 @@ def check_headers(headers: Mapping[str, str]) -> None:
             raise ValueError(f"The value for the {name} header has characters that no header may have.")
 
 
-@cache
-def _tls() -> "ssl.SSLContext":
-    """One for all pools: reading the certificates takes 35 ms, for each of a dozen providers at every start."""
-    import httpx2  # noqa: PLC0415  # see HttpTransport
+def _authority(host: str, url: SplitResult) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if url.port is None else f"{name}:{url.port}"
 
-    return httpx2.create_ssl_context(trust_env=False)
+
+def _lines(fields: Mapping[str, str]) -> str:
+    return "".join(f"{name}: {value}\r\n" for name, value in fields.items())
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,6 +19,7 @@ from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.errors import ProviderProtocolError, StorageFull, StorageUnavailable, UnknownProvider
 from oncewise.model import ChatRequest, TurnClaim, Usage
 from oncewise.ports import CallRecord, Completion, TextDelta, TurnLedger
+from oncewise.service.accounts import Bill
 from oncewise.service.attempts import Attempts, ProviderLane, remember_s
 
 __all__ = ["CallResult", "CallRun", "Calls", "ProviderLane", "remember_s"]
@@ -51,12 +52,15 @@ class CallRun(Attempts[CallResult]):
     Attributes:
         call_id: Names the call in the ledger and in answers.
         log: The text as it comes; closed when the call has ended, however it did.
+        flight: The flight that does this work.
     """
+
+    flight: Flight[CallResult]
 
     def __init__(
         self, calls: "Calls", lane: ProviderLane, org_id: str, request: ChatRequest, origin: TurnClaim
     ) -> None:
-        super().__init__(lane, org_id, calls.chance)
+        super().__init__(lane, org_id, request.model, calls.chance)
         self.call_id = calls.ids()
         self.log = StreamLog(calls.logs, (org_id, self.call_id))
         self._desk = calls
@@ -64,6 +68,17 @@ class CallRun(Attempts[CallResult]):
         self._origin = origin
         self._on_start: list[Callable[[], None]] = []
         self._first_delta_s = 0.0
+        self._result: CallResult | None = None
+
+    @property
+    def bill(self) -> Bill:
+        """What the call came to, as far as it got."""
+        request, result = self._request, self._result
+        if result is None:
+            usage = _estimate(request, self.log.text) if self._shown else None
+            return Bill(request.provider, request.model, usage)
+        end = result.completion
+        return Bill(request.provider, request.model, result.usage, end.cost_usd, end.model)
 
     def when_started(self, tell: Callable[[], None]) -> None:
         """Call `tell` when the provider is about to be called; at once if it has been."""
@@ -76,7 +91,7 @@ class CallRun(Attempts[CallResult]):
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.stream`, `Pacer.permit` and `TurnLedger.record_call`.
+            OncewiseError: as `Attempts.run` and `TurnLedger.record_call`.
         """
         # Not sooner: a flight that is dropped before its first step would leave its log behind.
         self._desk.logs.hold(self.log)
@@ -127,12 +142,13 @@ class CallRun(Attempts[CallResult]):
                     completion = event
         if completion is None:
             raise ProviderProtocolError("The provider's answer ended without a verified completion.")
-        return self._result(completion)
+        self._result = self._result_of(completion)
+        return self._result
 
     def _usage(self, answer: CallResult) -> Usage | None:
         return answer.completion.usage
 
-    def _result(self, completion: Completion) -> CallResult:
+    def _result_of(self, completion: Completion) -> CallResult:
         text = self.log.text
         usage = completion.usage or _estimate(self._request, text)
         return CallResult(
@@ -192,6 +208,7 @@ class Calls:
             running = self.flights.join(key, CallRun(self, lane, org_id, request, origin))
         run = running.flight.work
         assert isinstance(run, CallRun)  # noqa: S101  only this method puts work into these flights
+        run.flight = running.flight
         return running, run
 
     def key(self, org_id: str, request: ChatRequest) -> RequestKey:

@@ -12,14 +12,14 @@ No row is written per attempt: nothing is taken over, so nobody would read it. T
 counts its attempts, and is written with hundreds of others: at thousands of calls a second each row of its own would
 cost a flush to disk.
 
-Deliberately absent: HTTP, and how chunks look on the wire.
+Deliberately absent: HTTP, how chunks look on the wire, and which policy is whose (`oncewise.service.sharing`).
 """
 
 import asyncio
 import random
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -28,26 +28,36 @@ from typing import Any, Self
 import orjson
 
 from oncewise.core.chunks import assembled, usage_object, usage_of
-from oncewise.core.coalesce import Coalescer, Flight, FlightLanded, Waiter
+from oncewise.core.coalesce import Coalescer, Flight, FlightLanded, Landed, Waiter
 from oncewise.core.keys import RequestKey, canonical, request_key
 from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.errors import (
+    Failure,
+    FlightCancelled,
     IdempotencyMismatch,
+    LeaderLost,
     ModelNotFound,
-    NotFound,
+    OncewiseError,
     ProviderProtocolError,
     ShuttingDown,
     TurnCancelled,
     UnknownProvider,
 )
-from oncewise.model import CompletionRequest, RequestRecord, Role, Usage
-from oncewise.ports import Chunk, Listener
+from oncewise.model import CompletionRequest, Role, Usage
+from oncewise.ports import Chunk, Listener, Signal
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.attempts import Attempts, ProviderLane, remember_s
+from oncewise.service.fleet import Fleet
 from oncewise.service.model_names import ModelNames
+from oncewise.service.shared_calls import CallLost, Claim, Completion, Holder, call_name, ending_of, follow_call
+from oncewise.service.sharing import Policies, Policy
 
-__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Policy", "Wish"]
+__all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Wish"]
 
 KIND = "v1/chat/completions"
+
+LATE_S = 2.0
+"""How long a call that has ended is still told to workers that found its claim held and come for it."""
 
 TRANSPORT = MappingProxyType(
     {
@@ -64,14 +74,6 @@ _HEAD = ("id", "object", "created", "model")
 _PLAIN = frozenset({*_HEAD, "choices", "usage", "system_fingerprint", "service_tier"})
 
 Json = dict[str, Any]
-
-
-class Policy(StrEnum):
-    """Which identical requests share a running call."""
-
-    ALWAYS = "always"
-    SAFE = "safe"
-    OFF = "off"
 
 
 class Wish(StrEnum):
@@ -108,6 +110,7 @@ class Plan:
     Attributes:
         body_key: Names the request; equal for whatever would get the same answer.
         key: Names what it shares; None if it shares nothing.
+        policy: What the operator chose for it.
         reason: Why: `always`, `temperature`, `seed`, `idempotency_key`, `asked`; or why not: `asked_not_to`,
             `switched_off`, `several_choices`, `sampling`.
     """
@@ -115,23 +118,8 @@ class Plan:
     request: CompletionRequest
     body_key: RequestKey
     key: RequestKey | None
+    policy: Policy
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A call that ended well.
-
-    Attributes:
-        usage: Tokens: the provider's figures, or our estimate, marked as such.
-        figures: The same with all that the provider says about them.
-        head: `id`, `object`, `created` and `model` of every chunk.
-    """
-
-    usage: Usage
-    figures: Json
-    cost_usd: float | None
-    head: Json
 
 
 class CompletionRun(Attempts[Completion]):
@@ -143,41 +131,143 @@ class CompletionRun(Attempts[Completion]):
         first_s: When the first chunk could be seen, by the event loop's clock; 0.0 before.
         flight: The flight that does this work.
         own: Whether it is shared with nobody.
+        leader_id: Request id of whoever started it in this worker.
+        streamed: Whether anybody may have seen a part of it.
+        holder: The worker that makes the call, if that is another one.
     """
 
     flight: Flight[Completion]
 
-    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan) -> None:
-        super().__init__(lane, org_id, desk.chance)
+    def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan, leader_id: str) -> None:
+        super().__init__(lane, org_id, plan.request.model, desk.chance)
         self.call_id = desk.ids()
         self.org_id = org_id
         self.plan = plan
         self.own = plan.key is None
+        self.leader_id = leader_id
         self.resumable = False
         self.idempotency: tuple[str, str] | None = None
         self.log: StreamLog = desk.logs.open((org_id, self.call_id))
         self.first_s = 0.0
+        self.streamed = False
+        self.holder: Holder | None = None
+        self._desk = desk
+        self._own_id = self.call_id
+        self._name: str | None = None
+        self._followed: Completion | None = None
+        self._stopped: Failure | None = None
         self._created_s = desk.now_s()
         self._document: bytes | None = None
+        self._answer: _Chunks | None = None
+        self._bill: Bill | None = None
 
     async def __call__(self, flight: Flight[Completion]) -> Completion:
         """Make the call.
 
         Raises:
-            OncewiseError: as `Provider.chunks` and `Pacer.permit`.
+            OncewiseError: as `Attempts.run`.
         """
+        claim = self._desk.claim(self)
+        outcome: Completion | Failure = FlightCancelled().failure()
         try:
-            return await self.run(flight)
+            outcome = await (self.run(flight) if claim is None else self._share(flight, claim))
+        except OncewiseError as error:
+            outcome = error.failure()
+            raise
         finally:
-            self.log.close("end", {})
+            self.log.close("end", ending_of(self._stopped or outcome))
+            if self._name is not None:
+                self._desk.fleet.ended(self._name, self, linger_s=LATE_S)
+        return outcome
+
+    async def _share(self, flight: Flight[Completion], claim: Claim) -> Completion:
+        """Make the call, unless another worker makes it."""
+        try:
+            while True:
+                self.holder = await claim.take()
+                if self.holder is None:
+                    claim.keep()
+                    self._desk.rename(self, self._own_id)
+                    self.enter()
+                    return await self.run(flight)
+                try:
+                    self._followed = await self._follow(self.holder, claim)
+                    return self._followed  # noqa: TRY300  the end of the loop is for calls that were lost
+                except CallLost:
+                    if self.log.closed or (self.streamed and self.log.deltas):
+                        raise LeaderLost from None
+                if self.log.deltas:
+                    # Nobody has seen it: whoever waits for the whole answer gets that of another call.
+                    self.log = self._desk.logs.open(self.log.key)
+                    self.first_s = 0.0
+        finally:
+            claim.give_up(self._desk.fleet.errands)
+
+    async def _follow(self, holder: Holder, claim: Claim) -> Completion:
+        """Repeat the call of another worker."""
+        self._desk.rename(self, holder.call_id)
+        return await follow_call(self._desk.fleet, self.org_id, holder, self.log, claim=claim, told=self._told)
+
+    def _told(self) -> None:
+        self.first_s = self.first_s or asyncio.get_running_loop().time()
+
+    # -- for other workers ---------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Other workers may follow this call."""
+        if self._name is None:
+            self._name = call_name(self._desk.fleet, self.org_id, self.call_id)
+            self._desk.fleet.lead(self._name, self)
+            if self.flight.outcome is not None:
+                self._desk.fleet.ended(self._name, self, linger_s=LATE_S)
+
+    @property
+    def requesters(self) -> int:
+        """How many wait for it."""
+        return self.flight.waiters
+
+    async def watch(self) -> StreamLog | None:
+        """Its log."""
+        return self.log
+
+    def board(self) -> Waiter[Any] | None:
+        """An interest in it; None if it is over."""
+        return self._desk.join(self)
+
+    def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:  # noqa: ARG002  nothing is kept
+        """End it for everyone, wherever it is made; one that has ended stays as it is."""
+        self.resumable = True  # a second cancel finds it
+        self._stopped = self._stopped or failure
+        if self.holder is not None:
+            fleet = self._desk.fleet
+            fleet.stop(call_name(fleet, self.org_id, self.holder.call_id), self.holder.address)
+        self._desk.flights.cancel(self.flight, failure)
 
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
         if self._document is None:
-            events = self.log.text.split("\n\n")[:-1]
-            chunks = [orjson.loads(event.removeprefix("data: ")) for event in events]
-            self._document = orjson.dumps(assembled(chunks, completion.figures))
+            # JSON has no line ends of its own: all events are read as one list.
+            chunks = self.log.text.removeprefix("data: ").removesuffix("\n\n").replace("\n\ndata: ", ",")
+            self._document = orjson.dumps(assembled(orjson.loads(f"[{chunks}]"), completion.figures))
         return self._document
+
+    @property
+    def bill(self) -> Bill:
+        """What the call came to, as far as it got."""
+        if self._bill is not None:
+            return self._bill
+        request, answer = self.plan.request, self._answer
+        bill = Bill(request.provider, request.model)
+        if self._followed is not None:
+            done = self._followed
+            bill = Bill(request.provider, request.model, done.usage, done.cost_usd, str(done.head["model"]))
+        elif answer is not None:
+            usage, cost_usd = answer.figures(self.log)
+            bill = Bill(request.provider, request.model, usage, cost_usd, answer.model)
+        if self.flight.outcome is not None:
+            # Final: thousands of followers ask for it, and an estimate reads the whole prompt.
+            self._bill = bill
+        return bill
 
     @property
     def _shown(self) -> bool:
@@ -187,7 +277,7 @@ class CompletionRun(Attempts[Completion]):
         return answer.usage
 
     async def _read(self) -> Completion:
-        answer = _Chunks(self.plan.request, self.call_id, self._created_s)
+        answer = self._answer = _Chunks(self.plan.request, self.call_id, self._created_s)
         async with aclosing(self._lane.provider.chunks(self.plan.request)) as chunks:
             async for chunk in chunks:
                 for ready in answer.take(chunk):
@@ -203,6 +293,7 @@ class _Chunks:
 
     def __init__(self, request: CompletionRequest, call_id: str, created_s: int) -> None:
         self._request = request
+        self._asked = max(request.choices, 1)
         self._head: Json = {
             "id": f"chatcmpl-{call_id}",
             "object": "chat.completion.chunk",
@@ -211,6 +302,7 @@ class _Chunks:
         }
         self._choices: set[int] = set()
         self._held: list[Chunk] | None = []
+        self._told: Json = {}
         self._usage: Usage | None = None
         self._figures: Json | None = None
         self._cost_usd: float | None = None
@@ -231,6 +323,16 @@ class _Chunks:
         ready, self._held = self._held, None
         return ready
 
+    @property
+    def model(self) -> str:
+        """The model that the provider says it used, else the one it was asked for."""
+        model: str = self._head["model"]
+        return model
+
+    def figures(self, log: StreamLog) -> tuple[Usage | None, float | None]:
+        """Tokens and cost of whatever came so far; None for no tokens if nothing did."""
+        return self._usage or (_estimate(self._request, log) if log.deltas else None), self._cost_usd
+
     def completion(self, log: StreamLog) -> Completion:
         """The end of a good answer."""
         usage = self._usage or _estimate(self._request, log)
@@ -244,25 +346,41 @@ class _Chunks:
                 self._head[name] = chunk[name]
 
     def _count(self, chunk: Chunk) -> None:
+        figures = usage_object(chunk)
+        if figures is None:
+            return
         usage, cost_usd = usage_of(chunk)
         if usage is not None:
-            self._usage, self._figures = usage, usage_object(chunk)
+            self._usage, self._figures = usage, figures
         if cost_usd is not None:
             self._cost_usd = cost_usd
 
     def _tidy(self, chunk: Chunk) -> Chunk | None:
-        asked = max(self._request.choices, 1)
-        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < asked]
-        if not choices and not chunk.keys() - _PLAIN:
-            return None
-        for choice in choices:
-            index = choice.setdefault("index", 0)
-            if index not in self._choices:
-                self._choices.add(index)
-                choice["delta"] = {"role": "assistant", **(choice.get("delta") or {})}
-            choice.setdefault("finish_reason", None)
-        rest = {name: value for name, value in chunk.items() if name not in ("usage", "choices")}
-        return {**rest, **self._head, "choices": choices}
+        choices = [choice for choice in chunk.get("choices") or () if choice.get("index", 0) < self._asked]
+        if not choices:
+            if all(name in self._told and self._told[name] == chunk[name] for name in chunk.keys() - _PLAIN):
+                return None
+            # Many clients look at the first choice of any chunk, unless they asked for figures.
+            choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        else:
+            for choice in choices:
+                self._tidy_choice(choice)
+        if not chunk.keys() <= _PLAIN:
+            self._told.update((name, chunk[name]) for name in chunk.keys() - _PLAIN)
+        tidy = {**chunk, **self._head, "choices": choices}
+        tidy.pop("usage", None)
+        return tidy
+
+    def _tidy_choice(self, choice: Json) -> None:
+        index, delta = choice.setdefault("index", 0), choice.get("delta") or {}
+        # The role comes once: OpenAI's Python client joins repeated ones to one text, as it does with contents.
+        if index not in self._choices:
+            self._choices.add(index)
+            delta = {"role": delta.pop("role", None) or "assistant", **delta}
+        else:
+            delta.pop("role", None)
+        choice["delta"] = delta
+        choice.setdefault("finish_reason", None)
 
 
 def _says_something(choice: Json) -> bool:
@@ -284,22 +402,70 @@ def _figures(usage: Usage) -> Json:
     }
 
 
+class RemoteCall:
+    """A call of another worker that somebody looks at here.
+
+    Attributes:
+        log: Its chunks, repeated.
+        flight: The flight that repeats it.
+    """
+
+    flight: Flight[Completion]
+
+    def __init__(self, desk: "Completions", org_id: str, holder: Holder) -> None:
+        self.log: StreamLog = desk.logs.open((org_id, holder.call_id))
+        self._desk = desk
+        self._org_id = org_id
+        self._holder = holder
+        self._came = asyncio.Event()
+
+    async def __call__(self, _flight: Flight[Completion]) -> Completion:
+        """Repeat the call to its end.
+
+        Raises:
+            OncewiseError: how it ended, or `LeaderLost`.
+        """
+        try:
+            return await follow_call(self._desk.fleet, self._org_id, self._holder, self.log, told=self._came.set)
+        except CallLost:
+            raise LeaderLost from None
+        finally:
+            self.log.close("end", {})
+            self._came.set()
+
+    async def reach(self, seq: int) -> None:
+        """Wait until the chunks up to `seq` are there, for a moment at most."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                while self.log.deltas < seq and not self.log.closed:
+                    self._came.clear()
+                    await self._came.wait()
+
+
 class CompletionTicket:
     """One request's interest in a call. Leave it, or use it in a `with` block.
 
     Attributes:
-        role: What the request is to the call.
         run: The call.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
+
+    surface = "v1"
 
     def __init__(
         self, waiter: Waiter[Completion], run: CompletionRun, role: Role, org_id: str, ask: CompletionAsk
     ) -> None:
         self.run = run
-        self.role = role
+        self._role = role
+        self.org_id = org_id
+        self.ask = ask
+        self.accounted = False
         self._waiter = waiter
-        self._org_id = org_id
-        self._ask = ask
+
+    @property
+    def role(self) -> Role:
+        """What the request is to the call, as far as is known: another worker may lead it."""
+        return Role.FOLLOWER if self._role is Role.LEADER and self.run.holder is not None else self._role
 
     async def result(self) -> Completion:
         """The end of the call.
@@ -319,40 +485,31 @@ class CompletionTicket:
     def __exit__(self, *_raised: object) -> None:
         self.leave()
 
-    def record(
-        self, *, arrived_s: float, finished_at_ms: int, completion: Completion | None, error_code: str | None
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    @property
+    def _leads(self) -> bool:
+        return self.role in (Role.LEADER, Role.BYPASS)
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            finished_at_ms: Now, for people.
-            completion: What it got; None if it failed.
-            error_code: Why it failed.
-        """
-        run, ended_s = self.run, asyncio.get_running_loop().time()
-        leads = self.role in (Role.LEADER, Role.BYPASS)
-        usage = completion.usage if completion is not None else Usage(0, 0)
-        cost_usd = (completion.cost_usd if completion is not None else None) or 0.0
-        return RequestRecord(
-            request_id=self._ask.request_id,
-            org_id=self._org_id,
-            surface="v1",
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the call has ended if this request led it, else at once."""
+        if self._leads:
+            self.run.flight.after(tell)
+        else:
+            tell()
+
+    def share(self, _result: Completion | None) -> Share:
+        """What this request had of the call."""
+        run, leads = self.run, self._leads
+        request = run.plan.request
+        return Share(
             role=self.role,
-            stream=self._ask.stream,
-            provider=run.plan.request.provider,
-            model=run.plan.request.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if completion is None else max(0.0, ((run.first_s or ended_s) - arrived_s) * 1000),
+            provider=request.provider,
+            model=request.model,
+            bill=run.bill,
+            pays=leads,
+            calls=run.calls if leads else 0,
+            first_s=run.first_s,
             queue_wait_ms=(run.queue_wait_s or 0.0) * 1000 if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if leads else 0,
-            completion_tokens=usage.completion_tokens if leads else 0,
-            upstream_calls=run.calls if leads else 0,
-            tokens_saved=0 if leads else usage.total_tokens,
-            cost_usd=cost_usd if leads else 0.0,
-            cost_saved_usd=0.0 if leads else cost_usd,
-            error_code=error_code,
+            leader_id=run.leader_id if run.holder is None else None,
             call_id=run.call_id,
         )
 
@@ -375,12 +532,14 @@ class Completions:
         *,
         logs: StreamHub,
         ids: Callable[[], str],
-        policy: Policy = Policy.SAFE,
+        policies: Policies = Policies(),  # noqa: B008  frozen
         abandon_after_s: float = 5.0,
         listener: Listener = lambda _event: None,
         chance: Callable[[], float] = random.random,
         now_s: Callable[[], int] = lambda: int(time.time()),
+        fleet: Fleet | None = None,
     ) -> None:
+        self.fleet = fleet or Fleet(b"")
         self.logs = logs
         self.ids = ids
         self.chance = chance
@@ -391,12 +550,19 @@ class Completions:
             deadline_s=None, abandon_after_s=abandon_after_s, remember=remember_s, listener=self._landed
         )
         self._lanes = lanes
-        self._policy = policy
+        self._policies = policies
         self._listener = listener
         self._runs: dict[tuple[str, str], CompletionRun] = {}
         self._by_flight: dict[object, list[CompletionRun]] = {}
         self._own: dict[RequestKey, list[CompletionRun]] = {}
         self._keyed: dict[tuple[str, str], CompletionRun] = {}
+        self.fleet.answer("find_call", self._find)
+        self.fleet.answer("stop_call", self._stop_here)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call runs or can be resumed."""
+        return not self._runs
 
     def plan(self, org_id: str, ask: CompletionAsk) -> Plan:
         """Whether a request would share, and under which key. Calls nobody.
@@ -413,36 +579,16 @@ class Completions:
         )
         body = {name: value for name, value in request.body.items() if name not in TRANSPORT}
         body_key = request_key(org_id, KIND, provider, model, body)
-        shares, reason = self._shares(ask)
+        policy = self._policies.of(org_id, provider, model)
+        shares, reason = _shares(policy, ask)
         if shares and reason == "idempotency_key":
             keyed = request_key(org_id, f"{KIND}#keyed", ask.idempotency_key, provider, model, body)
-            return Plan(request, body_key, keyed, reason)
-        return Plan(request, body_key, body_key if shares else None, reason)
+            return Plan(request, body_key, keyed, policy, reason)
+        return Plan(request, body_key, body_key if shares else None, policy, reason)
 
     def ignored(self, body: Mapping[str, Any]) -> dict[str, str]:
         """The fields of a body that do not keep it apart from others, and why."""
         return {name: reason for name, reason in TRANSPORT.items() if name in body}
-
-    def _shares(self, ask: CompletionAsk) -> tuple[bool, str]:
-        if self._policy is Policy.OFF:
-            return False, "switched_off"
-        if ask.wish is not Wish.NONE:
-            return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
-        n = ask.body.get("n")
-        several = n is not None and n > 1
-        reason = None if several else self._reason(ask.body)
-        if reason is None and ask.idempotency_key is not None:
-            reason = "idempotency_key"
-        return reason is not None, reason or ("several_choices" if several else "sampling")
-
-    def _reason(self, body: Mapping[str, Any]) -> str | None:
-        """Why a body shares by itself."""
-        temperature = body.get("temperature")
-        if self._policy is Policy.ALWAYS:
-            return "always"
-        if type(temperature) in (int, float) and temperature == 0:
-            return "temperature"
-        return "seed" if body.get("seed") is not None else None
 
     def send(self, org_id: str, ask: CompletionAsk) -> CompletionTicket:
         """Join the call that answers a request, or start it. Never awaits.
@@ -461,6 +607,7 @@ class Completions:
             joined = self._start(org_id, plan, ask)
         run = joined.run
         run.resumable = run.resumable or ask.resumable
+        run.streamed = run.streamed or ask.stream
         return joined
 
     def _check_key(self, org_id: str, ask: CompletionAsk, plan: Plan) -> None:
@@ -497,7 +644,7 @@ class Completions:
             lane = self._lanes[plan.request.provider]
         except KeyError:
             raise ModelNotFound from None
-        run = CompletionRun(self, lane, org_id, plan)
+        run = CompletionRun(self, lane, org_id, plan, ask.request_id)
         key: object = plan.key or (plan.body_key, run.call_id)
         try:
             waiter = self.flights.join(key, run)
@@ -516,35 +663,87 @@ class Completions:
 
     # -- one call, by its name -----------------------------------------------------------------------------------
 
-    def watch(self, org_id: str, call_id: str) -> tuple[CompletionRun, Waiter[Completion] | None]:
-        """A call that runs, with an interest in it to be left, or one that ended a moment ago.
+    async def watch(
+        self, org_id: str, call_id: str, seq: int = 0
+    ) -> "tuple[CompletionRun | RemoteCall, Waiter[Completion] | None]":
+        """A call that runs, with an interest in it to be left, or one that ended a moment ago; in any worker.
+
+        One of another worker is there up to chunk `seq`, if that is not far away.
 
         Raises:
             NotFound: no such call of this tenant.
         """
         run = self._runs.get((org_id, call_id))
-        if run is None:
-            raise NotFound
-        if run.flight.outcome is None:
-            waiter = self.flights.follow(run.flight.key)
-            if waiter is not None and waiter.flight is run.flight:
-                return run, waiter
-            if waiter is not None:
-                waiter.leave()
-        return run, None
+        if run is not None:
+            run.streamed = True
+            return run, self.join(run)
+        found = await self.fleet.ask("find_call", data={"org": org_id, "call": call_id})
+        key = ("remote", org_id, call_id)
+        waiter = self.flights.follow(key)
+        if waiter is None:
+            remote = RemoteCall(self, org_id, Holder(found["sender"], call_id))
+            waiter = self.flights.join(key, remote)
+            remote.flight = waiter.flight
+        call = waiter.flight.work
+        assert isinstance(call, RemoteCall)  # noqa: S101  only this method puts work under these keys
+        try:
+            await call.reach(seq)
+        except BaseException:
+            waiter.leave()
+            raise
+        return call, waiter
 
-    def cancel(self, org_id: str, call_id: str) -> CompletionRun:
-        """Stop a call for everyone; one that has ended stays as it is.
+    def _find(self, asked: Signal) -> Json | None:
+        run = self._runs.get((str(asked.data["org"]), str(asked.data["call"])))
+        if run is None or run.holder is not None:
+            return None
+        run.streamed = True
+        run.enter()
+        return {}
+
+    def _stop_here(self, asked: Signal) -> Json | None:
+        run = self._runs.get((str(asked.data["org"]), str(asked.data["call"])))
+        return None if run is None else {"ended_well": self._stop(run)}
+
+    def _stop(self, run: CompletionRun) -> bool:
+        run.stop(TurnCancelled("The call was cancelled.").failure())
+        return isinstance(run.flight.outcome, Landed)
+
+    def join(self, run: CompletionRun) -> Waiter[Completion] | None:
+        """An interest in a call, to be left; None if it has ended."""
+        waiter = None if run.flight.outcome is not None else self.flights.follow(run.flight.key)
+        if waiter is not None and waiter.flight is not run.flight:
+            waiter.leave()
+            return None
+        return waiter
+
+    async def cancel(self, org_id: str, call_id: str) -> bool:
+        """Stop a call for everyone, in whichever worker; return whether it had ended well before.
 
         Raises:
             NotFound: no such call of this tenant.
         """
         run = self._runs.get((org_id, call_id))
-        if run is None:
-            raise NotFound
-        run.resumable = True  # a second cancel finds it
-        self.flights.cancel(run.flight, TurnCancelled("The call was cancelled.").failure())
-        return run
+        if run is not None:
+            return self._stop(run)
+        answer = await self.fleet.ask("stop_call", data={"org": org_id, "call": call_id})
+        return bool(answer["ended_well"])
+
+    # -- calls of several workers --------------------------------------------------------------------------------
+
+    def claim(self, run: CompletionRun) -> Claim | None:
+        """The claim to make a call that other workers may be asked for as well; None if it is shared with nobody."""
+        fleet, key = self.fleet, run.plan.key
+        if fleet.claims is None or key is None:
+            return None
+        return Claim(fleet.claims, fleet.name("claim", run.org_id, key.digest), Holder(fleet.address, run.call_id))
+
+    def rename(self, run: CompletionRun, call_id: str) -> None:
+        """A call goes by the name that its leader gave it."""
+        if call_id != run.call_id:
+            self._runs.pop((run.org_id, run.call_id), None)
+            run.call_id = call_id
+            self._runs[run.org_id, call_id] = run
 
     # -- ends ----------------------------------------------------------------------------------------------------
 
@@ -566,16 +765,43 @@ class Completions:
             asyncio.get_running_loop().call_later(self.logs.retention_s, self._runs.pop, name, None)
         else:
             self._runs.pop(name, None)
-            self.logs.drop(name)
+            self.logs.drop(run.log.key)
 
     def drain(self) -> None:
-        """Take nothing new on."""
+        """Take nothing new on; end calls as soon as nobody waits for them, since nobody can come back to them."""
         self.closing = True
+        for run in list(self._runs.values()):
+            run.flight.abandon_after(0.0)
+            if run.flight.waiters == 0:
+                self.flights.cancel(run.flight, ShuttingDown().failure())
 
     async def aclose(self, drain_s: float = 0.0) -> None:
         """Let running calls go on for `drain_s` seconds, end the rest."""
-        self.closing = True
+        self.drain()
         await self.flights.aclose(drain_s)
+
+
+def _shares(policy: Policy, ask: CompletionAsk) -> tuple[bool, str]:
+    if policy is Policy.OFF:
+        return False, "switched_off"
+    if ask.wish is not Wish.NONE:
+        return ask.wish is Wish.ON, "asked" if ask.wish is Wish.ON else "asked_not_to"
+    n = ask.body.get("n")
+    several = n is not None and n > 1
+    reason = None if several else _reason(policy, ask.body)
+    if reason is None and ask.idempotency_key is not None:
+        reason = "idempotency_key"
+    return reason is not None, reason or ("several_choices" if several else "sampling")
+
+
+def _reason(policy: Policy, body: Mapping[str, Any]) -> str | None:
+    """Why a body shares by itself."""
+    temperature = body.get("temperature")
+    if policy is Policy.ALWAYS:
+        return "always"
+    if type(temperature) in (int, float) and temperature == 0:
+        return "temperature"
+    return "seed" if body.get("seed") is not None else None
 
 
 def _remove(table: dict[Any, list[CompletionRun]], key: object, run: CompletionRun) -> None:

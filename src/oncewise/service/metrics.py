@@ -8,12 +8,13 @@ Deliberately absent: Prometheus and logs, which live in `oncewise.telemetry`.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from oncewise.errors import StorageFull, StorageUnavailable
 from oncewise.model import RequestRecord, Role
 from oncewise.ports import Listener, RequestLog
+from oncewise.service.accounts import CLIENT_GONE, Ended, Prices, Share, row
 
 __all__ = ["Metrics", "quantile"]
 
@@ -50,21 +51,28 @@ class Metrics:
 
     Args:
         log: Where records are kept, for all workers.
+        prices: What their calls cost.
         listener: Told of every record once it is written.
         max_buffered: Records held while the log does not answer; beyond them the oldest are dropped.
     """
 
     def __init__(
-        self, log: RequestLog, *, listener: Listener = lambda _event: None, max_buffered: int = 100_000
+        self,
+        log: RequestLog,
+        prices: Prices,
+        *,
+        listener: Listener = lambda _event: None,
+        max_buffered: int = 100_000,
     ) -> None:
         self._log = log
+        self._prices = prices
         self._listener = listener
-        self._buffer: deque[RequestRecord] = deque(maxlen=max_buffered)
+        self._buffer: deque[tuple[Ended, Share]] = deque(maxlen=max_buffered)
         self._writing = asyncio.Lock()
 
-    def record(self, record: RequestRecord) -> None:
+    def record(self, ended: Ended, share: Share) -> None:
         """Count a finished request. Never waits."""
-        self._buffer.append(record)
+        self._buffer.append((ended, share))
 
     async def flush(self) -> None:
         """Write what is buffered; it stays buffered if the log does not answer."""
@@ -73,18 +81,27 @@ class Metrics:
             if not batch:
                 return
             try:
-                await self._log.record(batch)
+                records = [row(ended, share, await self._prices.cost(share.bill)) for ended, share in batch]
+            except asyncio.CancelledError:
+                self._buffer.extendleft(reversed(batch))
+                raise
+            try:
+                await self._log.record(records)
             except (StorageUnavailable, StorageFull):
                 self._buffer.extendleft(reversed(batch))
                 return
-            for record in batch:
+            for record in records:
                 self._listener(record)
 
-    async def run(self, every_s: float = 1.0) -> None:
-        """Write the buffer again and again until cancelled."""
+    async def run(self, every_s: float = 0.25, then: Callable[[], None] = lambda: None) -> None:
+        """Write the buffer again and again until cancelled, and call `then` each time.
+
+        By default often enough that a worker's figures include what another one answered 0.3 s ago.
+        """
         while True:
             await asyncio.sleep(every_s)
             await self.flush()
+            then()
 
     async def performance(self, last_n: int, org_id: str | None = None) -> dict[str, Any]:
         """The figures over the last `last_n` finished requests of one tenant, or of all.
@@ -119,7 +136,8 @@ def _ttft(rows: Rows) -> dict[str, Any]:
 
 
 def _latency(rows: Rows) -> dict[str, Any]:
-    figures = _quantiles([row.latency_ms / 1000 for row in rows])
+    # When a client had enough says nothing of how long its answer took.
+    figures = _quantiles([row.latency_ms / 1000 for row in rows if row.error_code != CLIENT_GONE])
     return {
         **figures,
         "target_p50": LATENCY_P50_S,
@@ -147,7 +165,7 @@ def _tokens(rows: Rows) -> dict[str, Any]:
 
 
 def _errors(rows: Rows) -> dict[str, Any]:
-    total = sum(1 for row in rows if row.error_code is not None)
+    total = sum(1 for row in rows if row.error_code not in (None, CLIENT_GONE))
     rate = total / len(rows) if rows else 0
     return {"total": total, "rate": rate, "target": ERROR_RATE, "meets_target": rate <= ERROR_RATE}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 from oncewise.core.keys import canonical
-from oncewise.core.stream_hub import StreamLog
+from oncewise.core.stream_hub import Position, StreamLog
 from oncewise.model import (
     AuditEntry,
     ChatMessage,
@@ -127,21 +127,27 @@ class Threads:
         """The turn of a thread that runs or comes next; None if it is idle."""
         return await self._turns.ledger.active(org_id, thread_id)
 
-    async def watch(self, turn: StoredTurn) -> StreamLog | None:
-        """The log of a turn that runs here or ended a moment ago, for a viewer; None if only the row is left."""
+    async def watch(self, turn: StoredTurn, after: Position | None = None) -> StreamLog | None:
+        """The log of a turn that runs, here or in another worker, or ended here; None if only the row is left.
+
+        For who has seen the turn up to `after` a log that is brought here from elsewhere is brought as far as that.
+        """
         run = self._turns.run_of(turn.org_id, turn.id)
         if run is not None:
             return await run.watch()
-        return self._turns.hub.get((turn.org_id, turn.id))
+        log = self._turns.hub.get((turn.org_id, turn.id))
+        if turn.state.final or turn.owner == self._turns.owner or (log is not None and log.closed):
+            return log
+        return await self._turns.remotes.look_at(turn).watch(after)
 
     def requesters(self, org_id: str, turn_id: str) -> int:
         """How many requests wait for a turn in this process."""
         run = self._turns.run_of(org_id, turn_id)
         return 0 if run is None else run.requesters
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw one request's interest in its turn."""
-        self._turns.cancel_request(org_id, request_id)
+    async def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw one request's interest in its turn, in whichever worker; False if it had ended by itself."""
+        return await self._turns.cancel_request(org_id, request_id)
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; a final turn stays as it is."""

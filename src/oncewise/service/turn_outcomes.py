@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from oncewise.errors import Failure, FlightFailed
+from oncewise.core.stream_hub import StreamLog
+from oncewise.errors import Failure, FlightFailed, Overloaded, ResponseTooLarge
 from oncewise.model import Role, StoredTurn, TurnState
 
-__all__ = ["Admitted", "TurnResult", "done_event", "error_event", "failure_of"]
+__all__ = ["RESET", "Admitted", "TurnResult", "done_event", "error_event", "failure_of", "show_stored"]
+
+RESET = "reset"
+"""The event that tells viewers to drop what they were shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,21 @@ class TurnResult:
     Attributes:
         stored: The turn with both messages, as any later read returns it.
         upstream_calls: Requests made to the provider by this flight; 0 if another flight or an earlier turn paid.
-        queue_wait_ms: Milliseconds between admission and the start of the call.
+        queue_wait_ms: Milliseconds from the start of the flight to that of its call.
+        queued_behind: Turns of the thread, or calls to the provider, that came first when it joined that queue.
         first_delta_s: When the first text was there, by the event loop's clock; None for a replay.
-        cost_usd: What the provider says the call cost; None if it does not say.
         body: A place for the encoded answer, so that all who share it are sent the same bytes.
     """
 
-    __slots__ = ("body", "call_id", "cost_usd", "first_delta_s", "queue_wait_ms", "stored", "upstream_calls")
+    __slots__ = (
+        "body",
+        "call_id",
+        "first_delta_s",
+        "queue_wait_ms",
+        "queued_behind",
+        "stored",
+        "upstream_calls",
+    )
 
     def __init__(
         self,
@@ -56,14 +68,14 @@ class TurnResult:
         *,
         upstream_calls: int = 0,
         queue_wait_ms: float = 0.0,
+        queued_behind: int = 0,
         first_delta_s: float | None = None,
-        cost_usd: float | None = None,
     ) -> None:
         self.stored = stored
         self.upstream_calls = upstream_calls
         self.queue_wait_ms = queue_wait_ms
+        self.queued_behind = queued_behind
         self.first_delta_s = first_delta_s
-        self.cost_usd = cost_usd
         self.body: bytes | None = None
 
 
@@ -106,3 +118,23 @@ def failure_of(turn: StoredTurn) -> Failure:
         turn.failure_detail or FlightFailed().detail,
         retryable=turn.failure_retryable,
     )
+
+
+def show_stored(log: StreamLog, turn: StoredTurn) -> None:
+    """End a log as the row of its turn says, with the row's text as far as the log lacks it."""
+    if log.closed:
+        return
+    text = turn.assistant_message.content if turn.assistant_message is not None else ""
+    try:
+        if turn.epoch > log.epoch:
+            log.restart(turn.epoch, RESET, {"epoch": turn.epoch, "reason": "leader_lost"})
+        if len(text) > len(log.text):
+            log.append_joined(text[len(log.text) :], turn.partial_seq)
+    except (ResponseTooLarge, Overloaded):
+        # Its viewers may resume, and are then shown the row.
+        log.sever()
+        return
+    if turn.state in (TurnState.COMPLETED, TurnState.CANCELLED):
+        log.close("done", done_event(turn))
+    else:
+        log.close("error", error_event(failure_of(turn), turn.state, len(text)))

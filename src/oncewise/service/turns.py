@@ -14,11 +14,12 @@ Deliberately absent: HTTP, SQL, how a provider is called, and who may use which 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from oncewise.core.coalesce import Coalescer, Flight, Waiter
 from oncewise.core.keys import RequestKey, request_key
@@ -26,9 +27,9 @@ from oncewise.core.prompt import normalise_roles
 from oncewise.core.stream_hub import StreamHub, StreamLog, Viewer
 from oncewise.errors import (
     Failure,
+    FlightCancelled,
     FlightFailed,
     LeaderLost,
-    NotFound,
     NotPersisted,
     OncewiseError,
     QueueTimeout,
@@ -44,21 +45,41 @@ from oncewise.model import (
     ChatRequest,
     OnBusy,
     OnDisconnect,
-    RequestRecord,
     Role,
     StoredTurn,
     TurnAsk,
     TurnClaim,
     TurnState,
 )
-from oncewise.ports import Admission, Follow, Lead, Replay, TurnLedger
+from oncewise.ports import Admission, Follow, Lead, Replay, Signal, TurnLedger
+from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
-from oncewise.service.turn_outcomes import Admitted, TurnResult, done_event, error_event, failure_of
+from oncewise.service.fleet import Fleet
+from oncewise.service.remote_turns import RemoteTurn, RemoteTurns, turn_name
+from oncewise.service.turn_outcomes import (
+    RESET,
+    Admitted,
+    TurnResult,
+    done_event,
+    error_event,
+    failure_of,
+    show_stored,
+)
 
 __all__ = ["TurnRules", "TurnTicket", "Turns"]
 
 
 MAX_TURN_ATTEMPTS = 2
+ABANDONED = "Nobody waited for the turn any more."
+LOOK_S = 0.5
+PROMPT_LOOK_S = 1.0
+"""How long to wait for a word of another worker, without and with a quick way for words, before looking at the row."""
+ENDED_REQUESTS = 10_000
+"""Requests whose end is remembered, so that a late or repeated cancel is told apart from one that names nobody."""
+
+_OF_STORAGE = frozenset({NotPersisted.code, StorageUnavailable.code, StorageFull.code})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +99,24 @@ class TurnRun:
 
     Attributes:
         admitted: Set, and announced, once the ledger has decided.
+        leader_id: Request id of whoever started this run.
         log: The turn's log while this run leads it.
+        viewed: Whose log shows the turn: this run's, or that of what it follows here or in another worker.
+        place: Turns of the thread that come first, as of the last look.
         ended: Set when a led turn has come to its end here.
+        name: What other workers call the turn while this run leads it.
         flight: The flight this is the work of, once it has begun.
     """
 
-    def __init__(self, desk: "Turns", ask: TurnAsk) -> None:
+    def __init__(self, desk: "Turns", ask: TurnAsk, leader_id: str) -> None:
         self.ask = ask
+        self.leader_id = leader_id
         self.admitted: Admitted | None = None
         self.log: StreamLog | None = None
-        self.viewed = self
+        self.viewed: TurnRun | RemoteTurn = self
         self.ended = asyncio.Event()
+        self.name = ""
+        self.place = 0
         self.flight: Flight[TurnResult] | None = None
         self._desk = desk
         self._task: asyncio.Task[Any] | None = None
@@ -98,10 +126,12 @@ class TurnRun:
         self._stop: Failure | None = None
         self._keep_partial = True
         self._fenced = False
+        self._ending = False
         self._watched = False
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
+        self._queue_wait_s = 0.0
         self._leased_s = 0.0
 
     # -- admission -----------------------------------------------------------------------------------------------
@@ -144,7 +174,8 @@ class TurnRun:
             # The row may be in by now. Left open, it would hold up its thread until the lease lapses.
             admission = await admitting
             if isinstance(admission, Lead):
-                await self._end(admission.claim, TurnState.CANCELLED, TurnCancelled().failure())
+                failure = self._stop or FlightCancelled(ABANDONED).failure()
+                await self._end(admission.claim, TurnState.CANCELLED, failure)
             raise
 
     def _announce(self, turn_id: str, role: Role, state: TurnState, epoch: int, position: int) -> None:
@@ -154,18 +185,18 @@ class TurnRun:
         if self.flight is not None:
             self.flight.announce()
 
-    def _replay(self, turn: StoredTurn, role: Role) -> TurnResult:
+    def _replay(self, turn: StoredTurn, role: Role, first_delta_s: float | None = None) -> TurnResult:
         self._announce(turn.id, role, turn.state, turn.epoch, 0)
         if turn.state is not TurnState.COMPLETED:
             raise failure_of(turn).error()
-        return TurnResult(turn)
+        return TurnResult(turn, first_delta_s=first_delta_s)
 
     async def _follow(self, turn: StoredTurn) -> TurnResult | None:
         """The outcome of a turn that another flight leads; None if that is being ended: the ledger is asked anew."""
         run = self._desk.run_of(self.ask.org_id, turn.id)
         if run is None or run.flight is None:
-            return await self._follow_row(turn)
-        waiter = self._desk.flights.follow_flight(run.flight)
+            return await self._follow_remote(turn)
+        waiter = run.board()
         if waiter is None:
             await run.ended.wait()
             return None
@@ -179,54 +210,77 @@ class TurnRun:
             if self._stop is not None and waiter.flight.waiters == 0:
                 run.stop(self._stop)
 
-    async def _follow_row(self, turn: StoredTurn) -> TurnResult:
-        """The outcome of a turn that another process leads, by its row; takes it over if that process is lost."""
-        ledger, ask = self._desk.ledger, self.ask
-        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
-        wait_s = self._desk.rules.poll_s
-        while not turn.state.final:
-            if turn.lease_lapsed:
-                claim = TurnClaim(ask.org_id, ask.thread_id, turn.id, turn.idx, turn.epoch)
-                self._leased_s = asyncio.get_running_loop().time()
-                taken = await ledger.take_over(claim, owner=self._desk.owner, lease_s=self._desk.rules.lease_s)
-                if taken is not None:
-                    return await self._take_over(turn, taken)
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 1.5, 0.5)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, turn.id)
-        return self._replay(turn, Role.FOLLOWER)
+    async def _follow_remote(self, turn: StoredTurn) -> TurnResult | None:
+        """The outcome of a turn that another worker leads; takes it over if that worker is lost.
 
-    async def _take_over(self, turn: StoredTurn, claim: TurnClaim) -> TurnResult:
-        if turn.visible or turn.attempt >= MAX_TURN_ATTEMPTS:
+        None if nobody is to answer it any more but this run's requests: the ledger is asked anew.
+        """
+        self._announce(turn.id, Role.FOLLOWER, turn.state, turn.epoch, 0)
+        taken: TurnClaim | None = None
+        with self._desk.remotes.hold(turn) as remote:
+            self.viewed = remote.turn
+            try:
+                while not turn.state.final and taken is None:
+                    if self._desk.run_of(turn.org_id, turn.id) is not None:
+                        return None
+                    # The row may be locked by its owner's last transaction, until the database ends that.
+                    taken = await self._patiently(partial(self._claim_lost, turn))
+                    if taken is None:
+                        turn = await self._patiently(remote.turn.news)
+            finally:
+                remote.withdrawn = self._stop is not None
+        if taken is not None:
+            return await self._take_over(taken, remote.turn)
+        if turn.state is TurnState.CANCELLED and turn.failure_code == FlightCancelled.code:
+            # Its leader knew of nobody who waits for it.
+            return None
+        return self._replay(turn, Role.FOLLOWER, first_delta_s=remote.turn.first_s)
+
+    async def _claim_lost(self, turn: StoredTurn) -> TurnClaim | None:
+        # At each attempt: one that had to wait for the database has a whole lease from when it got the turn.
+        self._leased_s = asyncio.get_running_loop().time()
+        return await self._desk.claim_lost(turn)
+
+    async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult:
+        # Read again: the lost owner may have shown something between our look at the row and its fencing.
+        turn = await self._patiently(lambda: self._row(claim))
+        if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
             # Shown text is never replaced in silence, and a turn that kills its owners is not tried for ever.
             lost = LeaderLost().failure()
-            await self._desk.ledger.end(
-                claim,
-                TurnState.INTERRUPTED,
-                lost,
-                partial=turn.partial,
-                partial_seq=turn.partial_seq,
-                call_id=turn.call_id,
+            await self._patiently(
+                lambda: self._desk.ledger.end(
+                    claim,
+                    TurnState.INTERRUPTED,
+                    lost,
+                    partial=turn.partial,
+                    partial_seq=turn.partial_seq,
+                    call_id=turn.call_id,
+                )
             )
+            remote.look()
             raise lost.error()
         self.ask = turn.ask
-        return await self._lead(claim, 0)
+        # It may have waited when its owner was lost, and the turns before it are still open.
+        position = await self._patiently(lambda: self._desk.ledger.position(claim))
+        return await self._lead(claim, position, remote.take_log())
 
     # -- leading -------------------------------------------------------------------------------------------------
 
-    async def _lead(self, claim: TurnClaim, position: int) -> TurnResult:
-        self._claim = claim
-        self.log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
+    async def _lead(self, claim: TurnClaim, position: int, log: StreamLog | None = None) -> TurnResult:
+        """Lead the turn, in the log that its viewers here look at already if there is one."""
+        self._claim, self.place = claim, position
+        if log is None:
+            log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
+        else:
+            self._watched = log.viewers > 0
+            log.restart(claim.epoch, RESET, {"epoch": claim.epoch, "reason": "leader_lost"})
+        self.log, self.viewed = log, self
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
         self._announce(claim.turn_id, role, TurnState.PENDING, claim.epoch, position)
         beat = asyncio.create_task(self._beat(claim))
         try:
-            try:
-                return await self._answer(claim, position)
-            finally:
-                # Before anything else: a fence would cut into the telling of how the turn ended.
-                beat.cancel()
+            return await self._answer(claim, position)
         except asyncio.CancelledError:
             return await self._stopped(claim)
         except OncewiseError as error:
@@ -235,15 +289,17 @@ class TurnRun:
             await self._failed(claim, FlightFailed().failure(), cause=error)
             raise
         finally:
-            # Ended long ago, unless the turn was handed back, or its row could not be read or is gone with its thread:
-            # then its viewers end where they are, and are told when they resume.
-            self.log.sever()
+            beat.cancel()
+            if self.log is not None:
+                # Ended long ago, unless the turn was handed back, or its row could not be read or is gone with its
+                # thread: then its viewers end where they are, and are told when they resume.
+                self.log.sever()
             self._desk.leave(claim)
             self.ended.set()
 
     async def _answer(self, claim: TurnClaim, position: int) -> TurnResult:
         if position > 0 and self.ask.on_busy in (OnBusy.INTERRUPT, OnBusy.ROLLBACK):
-            self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
+            await self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
         await self._wait_for_place(claim, position)
         history = await self._desk.ledger.history(claim.org_id, claim.thread_id)
         waiter, call = self._desk.calls.join(claim.org_id, self._request(history), claim)
@@ -262,9 +318,8 @@ class TurnRun:
             left_s = deadline_s - asyncio.get_running_loop().time()
             if left_s <= 0:
                 raise QueueTimeout("The turns before this one took too long.", retry_after_s=1.0)
-            # Turns of this process wake us; those of another are seen by looking.
-            await self._desk.turn_ended(claim, min(left_s, 0.5))
-            position = await self._desk.ledger.position(claim)
+            await self._desk.turn_ended(claim, left_s)
+            position = self.place = await self._patiently(lambda: self._desk.ledger.position(claim))
 
     def _request(self, history: tuple[ChatMessage, ...]) -> ChatRequest:
         ask = self.ask
@@ -272,6 +327,7 @@ class TurnRun:
         return ChatRequest(ask.provider, ask.model, messages, ask.params)
 
     def _call_started(self) -> None:
+        self._queue_wait_s = asyncio.get_running_loop().time() - self._started_s
         if self.flight is not None:
             self.flight.mark_running()
             self.flight.abandon_after(0.0 if self.ask.on_disconnect is OnDisconnect.CANCEL else None)
@@ -293,6 +349,7 @@ class TurnRun:
             return
         if self._watched and not self._visible:
             await self._show()
+            await asyncio.sleep(0)  # where a fenced run ends
         if self.log.deltas == 0:
             self._tell_first_token()
         self.log.append(text)
@@ -305,16 +362,44 @@ class TurnRun:
                 {"ttft_ms": round((now_s - self._started_s) * 1000), "queue_wait_ms": round(self.queue_wait_ms)},
             )
 
+    def now(self) -> tuple[TurnState, int] | None:
+        """The state of the turn and how many come first, for who is told now; None unless it is led here.
+
+        What was announced at its admission may be long past.
+        """
+        if self.viewed is not self:
+            return self.viewed.now()
+        if self.log is None:
+            return None
+        return (TurnState.STREAMING, 0) if self.log.deltas else (TurnState.PENDING, self.queue_position)
+
     @property
     def queue_wait_ms(self) -> float:
-        """Milliseconds from the start of the flight to the start of its call."""
-        waited = self._call.queue_wait_s if self._call is not None else None
-        return (waited or 0.0) * 1000
+        """Milliseconds from the start of the flight to the start of its call; 0.0 until then."""
+        return self._queue_wait_s * 1000
+
+    @property
+    def queue_position(self) -> int:
+        """What comes first, as it looks now: turns of its thread, and then calls to its provider."""
+        if self._call is not None:
+            return self._call.queue_position
+        return self.place
+
+    @property
+    def queued_behind(self) -> int:
+        """How many of them there were when it was admitted to that queue."""
+        position = self.admitted.position if self.admitted is not None else 0
+        return position or (self._call.queued_behind if self._call is not None else 0)
 
     @property
     def requesters(self) -> int:
         """How many requests wait for this turn."""
         return self.flight.waiters if self.flight is not None else 0
+
+    @property
+    def led_call(self) -> CallRun | None:
+        """The call that this flight leads; None while there is none, or it shares the call of another."""
+        return self._call if self._led_call else None
 
     @property
     def upstream_calls(self) -> int:
@@ -326,18 +411,19 @@ class TurnRun:
         self._watched = True
         if self.log is not None and self.log.deltas and not self._visible and not self.ended.is_set():
             await self._show()
+            if not self._visible:
+                # Fenced: what this run has was never shown to anybody. Its log ends with what the row says.
+                await self.ended.wait()
         return self.log
 
     async def _show(self) -> None:
         async with self._showing:
-            if self._visible or self._claim is None:
+            claim = self._claim
+            if self._visible or claim is None:
                 return
-            if not await self._desk.ledger.mark_visible(self._claim):
-                if self.ended.is_set():
-                    return
+            self._visible = await self._patiently(lambda: self._desk.ledger.mark_visible(claim))
+            if not self._visible and not self.ended.is_set():
                 self._fence()
-                await asyncio.sleep(0)
-            self._visible = True
 
     # -- the lease -----------------------------------------------------------------------------------------------
 
@@ -364,8 +450,9 @@ class TurnRun:
         self._fence()
 
     def _fence(self) -> None:
-        self._fenced = True
-        if self._task is not None:
+        # Once, and not while the end is being written: a cancel there would leave it untold.
+        if self._task is not None and not (self._fenced or self._ending):
+            self._fenced = True
             self._task.cancel()
 
     # -- endings -------------------------------------------------------------------------------------------------
@@ -374,6 +461,10 @@ class TurnRun:
     def idx(self) -> int:
         """The turn's place in its thread; -1 before it is known."""
         return self._claim.idx if self._claim is not None else -1
+
+    def board(self) -> Waiter[TurnResult] | None:
+        """An interest in this run; None if it is being ended, so that nobody should join it."""
+        return None if self.flight is None else self._desk.flights.follow_flight(self.flight)
 
     def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End the turn with `failure` for everyone, unless it has ended; with or without the text so far."""
@@ -396,25 +487,32 @@ class TurnRun:
             cost_usd=completion.cost_usd,
             meta=self._desk.calls.lane(self.ask.provider).meta,
         )
-        stored = await self._store(claim, answer)
+        # From here on the epoch alone decides: a lease that cannot be kept is no reason to give a whole answer up.
+        self._ending = True
+        stored = await self._patiently(lambda: self._desk.ledger.commit(claim, answer))
         if stored is None:
             return await self._settle(claim)
         self._close("done", done_event(stored))
         return TurnResult(
             stored,
             upstream_calls=self.upstream_calls,
-            queue_wait_ms=call.queue_wait_s * 1000,
+            queue_wait_ms=self.queue_wait_ms,
+            queued_behind=self.queued_behind,
             first_delta_s=call.first_delta_s,
-            cost_usd=completion.cost_usd,
         )
 
-    async def _store(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
+    async def _patiently(self, write: Callable[[], Awaitable[T]]) -> T:
+        """Tell the ledger, or ask it, what cannot be done without; a database that is away may come back.
+
+        Raises:
+            NotPersisted: it did not.
+        """
         loop = asyncio.get_running_loop()
         give_up_s = loop.time() + self._desk.rules.commit_patience_s
         wait_s = 0.05
         while True:
             try:
-                return await self._desk.ledger.commit(claim, answer)
+                return await write()
             except StorageUnavailable:
                 if loop.time() + wait_s > give_up_s:
                     raise NotPersisted(retry_after_s=1.0) from None
@@ -425,11 +523,15 @@ class TurnRun:
         self, claim: TurnClaim, failure: Failure, state: TurnState = TurnState.FAILED, cause: Exception | None = None
     ) -> TurnResult:
         """End the turn in the ledger, then for the viewers, then for the requests."""
+        self._ending = True
         try:
-            stored = await self._end(claim, state, failure)
+            if failure.code in _OF_STORAGE:
+                stored = await self._end(claim, state, failure)
+            else:
+                stored = await self._patiently(lambda: self._end(claim, state, failure))
             if stored is None:
                 return await self._settle(claim)
-        except (StorageUnavailable, StorageFull):
+        except (StorageUnavailable, StorageFull, NotPersisted):
             # The row stays open and is swept when its lease has lapsed; who waits is told what happened.
             stored = None
         self._close_failed(stored, failure, state)
@@ -456,7 +558,8 @@ class TurnRun:
         if self._desk.closing and self._stop is None:
             await self._hand_back(claim)
             raise ShuttingDown(retry_after_s=1.0)
-        failure = self._stop or TurnCancelled().failure()
+        # Abandoned is not cancelled: somebody in another worker may wait, of whom nobody here knew.
+        failure = self._stop or FlightCancelled(ABANDONED).failure()
         return await self._failed(claim, failure, TurnState.CANCELLED)
 
     async def _hand_back(self, claim: TurnClaim) -> None:
@@ -469,29 +572,26 @@ class TurnRun:
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
         """Serve what the row says: the turn is final, or another owner works on it under a later epoch."""
-        ledger, ask = self._desk.ledger, self.ask
-        turn = await ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
+        turn = await self._patiently(lambda: self._row(claim))
+        if turn.epoch == claim.epoch and not turn.state.final:
+            # Nobody took it over: the database was away for longer than the lease.
+            lost = LeaderLost().failure()
+            await self._patiently(lambda: self._end(claim, TurnState.INTERRUPTED, lost))
+            turn = await self._patiently(lambda: self._row(claim))
         while not turn.state.final:
             if self._desk.closing and self.flight is not None and self.flight.ending:
                 # The fence and the shutdown came as one cancellation: no other will follow.
                 raise ShuttingDown(retry_after_s=1.0)
             await asyncio.sleep(self._desk.rules.poll_s)
-            turn = await ledger.turn(ask.org_id, ask.thread_id, claim.turn_id)
+            turn = await self._patiently(lambda: self._row(claim))
+        if self.log is not None:
+            show_stored(self.log, turn)
         if turn.state is not TurnState.COMPLETED:
-            failure = failure_of(turn)
-            self._close_failed(turn, failure, turn.state)
-            raise failure.error()
-        self._show_stored(turn)
+            raise failure_of(turn).error()
         return TurnResult(turn)
 
-    def _show_stored(self, turn: StoredTurn) -> None:
-        """End the log with the stored text, which a later owner may have written."""
-        if self.log is None or self.log.closed or turn.assistant_message is None:
-            return
-        if turn.epoch > self.log.epoch:
-            self.log.restart(turn.epoch, "reset", {"epoch": turn.epoch, "reason": "leader_lost"})
-            self.log.append(turn.assistant_message.content)
-        self._close("done", done_event(turn))
+    async def _row(self, claim: TurnClaim) -> StoredTurn:
+        return await self._desk.ledger.turn(claim.org_id, claim.thread_id, claim.turn_id)
 
     def _close(self, name: str, data: dict[str, Any]) -> None:
         if self.log is not None:
@@ -505,9 +605,12 @@ class TurnTicket:
         request_id: What the sender calls the request; `Turns.cancel_request` takes it.
         viewer: Set by whoever streams, so that a withdrawal wakes it.
         withdrawn: Whether the request was cancelled by its id.
+        accounted: See `oncewise.service.accounts.Ticket`.
     """
 
-    __slots__ = ("_desk", "_waiter", "ask", "request_id", "run", "viewer", "withdrawn")
+    __slots__ = ("_desk", "_waiter", "accounted", "ask", "request_id", "run", "viewer", "withdrawn")
+
+    surface = "threads"
 
     def __init__(self, desk: "Turns", waiter: Waiter[TurnResult], ask: TurnAsk, request_id: str) -> None:
         run = waiter.flight.work
@@ -517,8 +620,14 @@ class TurnTicket:
         self.run = run
         self.viewer: Viewer | None = None
         self.withdrawn = False
+        self.accounted = False
         self._desk = desk
         self._waiter = waiter
+
+    @property
+    def org_id(self) -> str:
+        """The tenant of the request."""
+        return self.ask.org_id
 
     async def admitted(self) -> Admitted:
         """What is known of the turn; waits until the ledger has decided.
@@ -554,54 +663,40 @@ class TurnTicket:
         """The log of the turn, for streaming; None if it runs in another process or is only stored."""
         return await self.run.viewed.watch()
 
-    def record(
-        self,
-        *,
-        arrived_s: float,
-        ended_s: float,
-        finished_at_ms: int,
-        stream: bool,
-        result: TurnResult | None,
-        error_code: str | None,
-    ) -> RequestRecord:
-        """What this request came to, for accounting. Whoever led the call pays for it; the others saved it.
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once the turn and the call it led have ended if this request led the turn, else at once."""
+        if self._waiter.role is Role.LEADER:
+            self._waiter.flight.after(lambda: self._after_call(tell))
+        else:
+            tell()
 
-        Args:
-            arrived_s: When the request came, by the event loop's clock.
-            ended_s: When its answer was ready, by the same clock.
-            finished_at_ms: The same moment for people, in milliseconds since the epoch.
-            stream: Whether the answer was streamed.
-            result: What the request got; None if it failed.
-            error_code: Why it failed.
-        """
-        role, admitted = self.role(), self.run.admitted
+    def _after_call(self, tell: Callable[[], None]) -> None:
+        # It may go on without its turn, for the turns of other threads that share it.
+        call = self.run.led_call
+        if call is None:
+            tell()
+        else:
+            call.flight.after(tell)
+
+    def share(self, result: TurnResult | None) -> Share:
+        """What this request had of its turn."""
+        run, ask, role, admitted = self.run, self.ask, self.role(), self.run.admitted
         leads = role in (Role.LEADER, Role.BYPASS)
-        calls = self.run.upstream_calls if leads else 0
-        usage = result.stored.usage if result is not None else None
-        tokens = usage.total_tokens if usage is not None else 0
-        cost_usd = (result.cost_usd if result is not None else None) or 0.0
-        first_s = result.first_delta_s if result is not None else None
-        return RequestRecord(
-            request_id=self.request_id,
-            org_id=self.ask.org_id,
-            surface="threads",
+        call = run.led_call if leads else None
+        bill = call.bill if call is not None else None if result is None else _bill_of(result.stored)
+        shown = None if result is None else result.stored.call_id
+        return Share(
             role=role,
-            stream=stream,
-            provider=self.ask.provider,
-            model=self.ask.model,
-            finished_at_ms=finished_at_ms,
-            latency_ms=(ended_s - arrived_s) * 1000,
-            ttft_ms=None if result is None else max(0.0, ((first_s or ended_s) - arrived_s) * 1000),
-            queue_wait_ms=self.run.queue_wait_ms if leads else 0.0,
-            prompt_tokens=usage.prompt_tokens if usage is not None and calls else 0,
-            completion_tokens=usage.completion_tokens if usage is not None and calls else 0,
-            upstream_calls=calls,
-            tokens_saved=0 if calls else tokens,
-            cost_usd=cost_usd if calls else 0.0,
-            cost_saved_usd=0.0 if calls else cost_usd,
-            error_code=error_code,
-            turn_id=admitted.turn_id if admitted is not None else None,
-            call_id=result.stored.call_id if result is not None else None,
+            provider=ask.provider,
+            model=ask.model,
+            bill=bill,
+            pays=call is not None,
+            calls=0 if call is None else call.calls,
+            first_s=None if result is None else result.first_delta_s,
+            queue_wait_ms=run.queue_wait_ms if leads else 0.0,
+            leader_id=None if role is Role.REPLAYED else run.viewed.leader_id,
+            turn_id=None if admitted is None else admitted.turn_id,
+            call_id=shown if call is None else call.call_id,
         )
 
     def withdraw(self) -> None:
@@ -624,6 +719,12 @@ class TurnTicket:
         self._desk.forget(self)
 
 
+def _bill_of(turn: StoredTurn) -> Bill:
+    message = turn.assistant_message
+    said = None if message is None else message.model
+    return Bill(turn.ask.provider, turn.ask.model, turn.usage, turn.cost_usd, said)
+
+
 class Turns:
     """All turns of this process: admits requests, keeps the runs, wakes who waits for a place."""
 
@@ -637,6 +738,7 @@ class Turns:
         owner: str,
         rules: TurnRules,
         ids: Callable[[], str],
+        fleet: Fleet | None = None,
     ) -> None:
         self.ledger = ledger
         self.calls = calls
@@ -645,11 +747,15 @@ class Turns:
         self.owner = owner
         self.rules = rules
         self.closing = False
+        self.fleet = fleet or Fleet(b"")
+        self.remotes = RemoteTurns(ledger=ledger, hub=hub, fleet=self.fleet, ended=self._open_gates)
+        self.fleet.answer("withdraw", self._withdraw)
         self._ids = ids
         self._last_identity: tuple[TurnAsk | None, RequestKey] = (None, request_key("none", "turn"))
         self._runs: dict[tuple[str, str], TurnRun] = {}
-        self._gates: dict[tuple[str, str], set[asyncio.Future[None]]] = {}
+        self._gates: dict[tuple[str, str], dict[asyncio.Future[None], None]] = {}
         self._tickets: dict[tuple[str, str], list[TurnTicket]] = {}
+        self._ended: dict[tuple[str, str], bool] = {}
 
     def send(self, ask: TurnAsk, request_id: str) -> TurnTicket:
         """Join the turn a request belongs to, or start one. Never awaits.
@@ -663,7 +769,7 @@ class Turns:
         key = self._identity(ask)
         waiter = self.flights.follow(key)
         if waiter is None:
-            waiter = self.flights.join(key, TurnRun(self, ask))
+            waiter = self.flights.join(key, TurnRun(self, ask, request_id))
         ticket = TurnTicket(self, waiter, ask, request_id)
         self._tickets.setdefault((ask.org_id, request_id), []).append(ticket)
         return ticket
@@ -691,9 +797,29 @@ class Turns:
             parts = ["fingerprint", ask.fingerprint]
         return request_key(ask.org_id, "turn", ask.thread_id, *parts)
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for a turn here, or is known to have waited."""
+        return not (self._tickets or self._runs or self._ended)
+
     def run_of(self, org_id: str, turn_id: str) -> TurnRun | None:
         """The run that leads a turn in this process."""
         return self._runs.get((org_id, turn_id))
+
+    async def state_of(self, turn: StoredTurn) -> tuple[TurnState, int]:
+        """The state of a turn and how many of its thread come first, newer than a row that was just read.
+
+        Raises:
+            NotFound: it was deleted with its thread.
+        """
+        run = self._runs.get((turn.org_id, turn.id))
+        now = None if run is None else run.now()
+        if now is not None:
+            return now
+        if turn.state is not TurnState.PENDING:
+            return turn.state, 0
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return turn.state, await self.ledger.position(claim)
 
     def meta_of(self, turn: StoredTurn) -> Mapping[str, Any]:
         """What a turn's stream says of who answers, e.g. that it is the demo."""
@@ -714,18 +840,37 @@ class Turns:
             tickets.remove(ticket)
         if not tickets:
             self._tickets.pop(key, None)
+            self._ended.pop(key, None)
+            self._ended[key] = ticket.withdrawn
+            if len(self._ended) > ENDED_REQUESTS:
+                del self._ended[next(iter(self._ended))]
 
-    def cancel_request(self, org_id: str, request_id: str) -> None:
-        """Withdraw the request of that id, or all if the sender gave several the same.
+    async def cancel_request(self, org_id: str, request_id: str) -> bool:
+        """Withdraw the request of that id, or all if the sender gave several the same; again changes nothing.
+
+        Returns whether it was withdrawn, now or before; False if it had ended by itself.
 
         Raises:
-            NotFound: no such request of this tenant is in progress.
+            NotFound: no such request of this tenant is in progress or ended a moment ago, in any worker.
         """
-        tickets = self._tickets.get((org_id, request_id))
-        if not tickets:
-            raise NotFound
-        for ticket in list(tickets):
-            ticket.withdraw()
+        withdrawn = self._withdraw_here(org_id, request_id)
+        if withdrawn is None:
+            answer = await self.fleet.ask("withdraw", data={"org": org_id, "request": request_id})
+            withdrawn = bool(answer["withdrawn"])
+        return withdrawn
+
+    def _withdraw_here(self, org_id: str, request_id: str) -> bool | None:
+        key = (org_id, request_id)
+        tickets = self._tickets.get(key)
+        if tickets:
+            for ticket in list(tickets):
+                ticket.withdraw()
+            return True
+        return self._ended.get(key)
+
+    def _withdraw(self, asked: Signal) -> Mapping[str, Any] | None:
+        withdrawn = self._withdraw_here(str(asked.data["org"]), str(asked.data["request"]))
+        return None if withdrawn is None else {"withdrawn": withdrawn}
 
     async def cancel_turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """Stop a turn for everyone; return it in its final state. A final turn stays as it is.
@@ -745,14 +890,28 @@ class Turns:
                 await run.ended.wait()
             elif turn.lease_lapsed:
                 await self._end_lost(turn)
-            else:
-                # Admitted a moment ago, and its run enters now; or its owner is another process, which ends it.
+            elif turn.owner == self.owner:
+                # Admitted a moment ago, and its run enters now.
                 await asyncio.sleep(self.rules.poll_s)
+            else:
+                await self._stop_elsewhere(turn)
+
+    async def _stop_elsewhere(self, turn: StoredTurn, *, keep_partial: bool = True) -> None:
+        """Ask the worker that leads a turn to stop it, and look again when it may have."""
+        remote = self.remotes.look_at(turn)
+        self.fleet.stop(turn_name(self.fleet, turn.org_id, turn.id), turn.owner, keep_partial=keep_partial)
+        await remote.news()
+
+    async def claim_lost(self, turn: StoredTurn) -> TurnClaim | None:
+        """The right to work on a turn whose owner is lost; None if it is alive, or somebody else was quicker."""
+        if not turn.lease_lapsed:
+            return None
+        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
+        return await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
 
     async def _end_lost(self, turn: StoredTurn) -> None:
         """End a turn that nobody leads any more as cancelled, unless somebody takes it over first."""
-        claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
-        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        taken = await self.claim_lost(turn)
         if taken is not None:
             await self.ledger.end(
                 taken,
@@ -764,51 +923,79 @@ class Turns:
             )
 
     async def cancel_thread(self, org_id: str, thread_id: str) -> None:
-        """Stop every turn of a thread that runs or waits in this process."""
+        """Stop every turn of a thread that runs or waits.
+
+        Raises:
+            NotFound: there is no such thread of this tenant.
+        """
         runs = [run for (org, _), run in self._runs.items() if org == org_id and run.ask.thread_id == thread_id]
         for run in runs:
             run.stop(TurnCancelled().failure())
         for run in runs:
             await run.ended.wait()
+        while (turn := await self.ledger.active(org_id, thread_id)) is not None:
+            await self.cancel_turn(org_id, thread_id, turn.id)
 
     async def aclose(self, drain_s: float) -> None:
         """Take nothing on, let turns run on for `drain_s` seconds, hand the rest back."""
         self.closing = True
         await self.flights.aclose(drain_s)
+        await self.remotes.aclose()
 
     # -- for runs ------------------------------------------------------------------------------------------------
 
     def enter(self, claim: TurnClaim, run: TurnRun) -> None:
         """A run leads a turn from now on."""
         self._runs[claim.org_id, claim.turn_id] = run
+        run.name = turn_name(self.fleet, claim.org_id, claim.turn_id)
+        self.fleet.lead(run.name, run)
 
-    def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
+    async def make_way(self, claim: TurnClaim, *, keep_partial: bool) -> None:
         """Stop the turn that runs before the claimed one. Those that wait between them keep their places."""
         before = [
             run
             for (org_id, _), run in self._runs.items()
             if org_id == claim.org_id and run.ask.thread_id == claim.thread_id and run.idx < claim.idx
         ]
-        if before:
+        first = await self.ledger.active(claim.org_id, claim.thread_id)
+        if first is not None and first.idx < claim.idx and first.owner != self.owner:
+            await self._stop_elsewhere(first, keep_partial=keep_partial)
+        elif before:
             min(before, key=lambda run: run.idx).stop(TurnCancelled().failure(), keep_partial=keep_partial)
 
     def leave(self, claim: TurnClaim) -> None:
         """A run leads its turn no more; whoever waits behind it looks again."""
-        self._runs.pop((claim.org_id, claim.turn_id), None)
-        for gate in self._gates.pop((claim.org_id, claim.thread_id), ()):
+        run = self._runs.pop((claim.org_id, claim.turn_id), None)
+        if run is not None:
+            self.fleet.ended(run.name, run)
+        self._open_gates(claim.org_id, claim.thread_id)
+
+    def _open_gates(self, org_id: str, thread_id: str) -> None:
+        for gate in self._gates.pop((org_id, thread_id), ()):
             if not gate.done():
                 gate.set_result(None)
 
     async def turn_ended(self, claim: TurnClaim, timeout_s: float) -> None:
-        """Wait until some turn of the claim's thread has ended here, at most `timeout_s` seconds."""
+        """Wait until some turn of the claim's thread may have ended, at most `timeout_s` seconds.
+
+        Turns of this worker wake us, and those of another where it has a quick way to say so; else by looking.
+        """
+        first = await self.ledger.active(claim.org_id, claim.thread_id) if self.fleet.prompt else None
+        if first is None or first.owner == self.owner:
+            await self._gate(claim, min(timeout_s, LOOK_S))
+        elif first.id != claim.turn_id:
+            self.remotes.look_at(first)
+            await self._gate(claim, min(timeout_s, PROMPT_LOOK_S))
+
+    async def _gate(self, claim: TurnClaim, timeout_s: float) -> None:
         gate = asyncio.get_running_loop().create_future()
-        gates = self._gates.setdefault((claim.org_id, claim.thread_id), set())
-        gates.add(gate)
+        gates = self._gates.setdefault((claim.org_id, claim.thread_id), {})
+        gates[gate] = None
         try:
             async with asyncio.timeout(timeout_s):
                 await gate
         except TimeoutError:
             return
         finally:
-            # The set itself goes when a turn of the thread leaves: the one that waits here does so in any case.
-            gates.discard(gate)
+            # The dict itself goes when a turn of the thread leaves: the one that waits here does so in any case.
+            gates.pop(gate, None)

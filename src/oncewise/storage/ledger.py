@@ -35,7 +35,7 @@ from oncewise.storage.pairs import ORG, THREAD, TURN, Pair, lock_thread, pair_of
 from oncewise.storage.rows import ask_columns, ask_of, to_ms, turn_of, usage_columns
 from oncewise.storage.tables import attempts, messages, threads, turns
 
-__all__ = ["SqlTurnLedger"]
+__all__ = ["SqlTurnLedger", "open_owners"]
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -161,6 +161,17 @@ _LOST = (
     .order_by(turns.c.lease_until_s)
 )
 
+# Of all tenants: a process that died served all of them.
+_LAPSE = (
+    sa.update(turns)
+    .where(
+        _OPEN,
+        turns.c.lease_until_s > sa.bindparam("now_s"),
+        turns.c.owner.in_(sa.bindparam("dead_owners", expanding=True)),
+    )
+    .values(lease_until_s=sa.bindparam("now_s"))
+)
+
 _START_CALL = sa.insert(attempts)
 _FINISH_CALL = (
     sa.update(attempts)
@@ -177,6 +188,16 @@ _FINISH_CALL = (
         usage_estimated=sa.bindparam("estimated"),
     )
 )
+
+
+# Ordered as the index of open turns; DISTINCT would read through all turns ever stored.
+# Every process looks at this each second: a row for each turn of the fleet would be more than all else it is sent.
+_OPEN_OWNERS = sa.select(turns.c.owner).where(_OPEN).distinct()
+
+
+def open_owners(conn: sa.Connection) -> frozenset[str]:
+    """Who holds turns that are not final."""
+    return frozenset(conn.execute(_OPEN_OWNERS).scalars())
 
 
 def _in(org_id: str, thread_id: str) -> dict[str, Any]:
@@ -209,7 +230,9 @@ def _admit(
         return Replay(turn) if turn.state.final else Follow(turn)
     place = conn.execute(_PLACE, _in(ask.org_id, ask.thread_id)).one()
     if place.open and ask.on_busy is OnBusy.REJECT:
-        raise ThreadBusy
+        busy = ThreadBusy()
+        busy.turn_id = conn.execute(_FIRST_OPEN, _in(ask.org_id, ask.thread_id)).one().id
+        raise busy
     if place.open > queue_limit:
         raise QueueFull
     claim = TurnClaim(ask.org_id, ask.thread_id, ids(), place.idx, epoch=1)
@@ -276,7 +299,7 @@ def _same_turn_again(conn: sa.Connection, now_s: float, ask: TurnAsk, replay_win
     return conn.execute(_LATEST_TWIN, same | since).first()
 
 
-def _position(conn: sa.Connection, _now_s: float, claim: TurnClaim) -> int:
+def _position(conn: sa.Connection, claim: TurnClaim) -> int:
     here = _in(claim.org_id, claim.thread_id) | {"of_turn": claim.turn_id, "before_idx": claim.idx}
     row = conn.execute(_POSITION, here).first()
     if row is None:
@@ -308,7 +331,7 @@ def _active(conn: sa.Connection, now_s: float, org_id: str, thread_id: str) -> S
     return _stored(conn, row, now_s) if row is not None else None
 
 
-def _history(conn: sa.Connection, _now_s: float, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
+def _history(conn: sa.Connection, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
     return tuple(ChatMessage(row.role, row.content) for row in conn.execute(_HISTORY, _in(org_id, thread_id)))
 
 
@@ -441,11 +464,20 @@ def _partial_pair(row: Row, partial: str) -> Pair:
     )
 
 
-def _sweep(conn: sa.Connection, now_s: float, ids: Ids, dead_owners: Sequence[str]) -> int:
-    lost = conn.execute(_LOST, {"now_s": now_s, "dead_owners": list(dead_owners)}).all()
+def _lapse(conn: sa.Connection, now_s: float, dead_owners: Sequence[str]) -> int:
+    return conn.execute(_LAPSE, {"now_s": now_s, "dead_owners": list(dead_owners)}).rowcount
+
+
+def _sweep(conn: sa.Connection, now_s: float, ids: Ids, dead_owners: Sequence[str], lapsed_s: float) -> int:
+    lost = conn.execute(_LOST, {"now_s": now_s - lapsed_s, "dead_owners": list(dead_owners)}).all()
     failure = LeaderLost().failure()
     ended = 0
-    for row in sorted(lost, key=lambda row: row.idx):
+    # Threads in one order everywhere: two sweeps that hold one each must not wait for each other's.
+    for row in sorted(lost, key=lambda row: (row.thread_id, row.idx)):
+        if not lock_thread(conn, row.org_id, row.thread_id, if_free=True):
+            # Somebody has it in hand: its owner after all, or a process that stopped in a transaction. Waiting here
+            # would keep other turns from their end, and take this one from those who wait for it.
+            continue
         claim = TurnClaim(row.org_id, row.thread_id, row.id, row.idx, row.epoch)
         ending = _Ending(TurnState.INTERRUPTED, failure, row.partial, row.partial_seq, row.call_id)
         ended += _end(conn, now_s, ids, claim, ending, update=_END_LOST) is not None
@@ -534,11 +566,11 @@ class SqlTurnLedger:
 
     async def position(self, claim: TurnClaim) -> int:
         """See `TurnLedger.position`."""
-        return await self._read(_position, claim)
+        return await self._database.read(lambda conn: _position(conn, claim))
 
     async def history(self, org_id: str, thread_id: str) -> tuple[ChatMessage, ...]:
         """See `TurnLedger.history`."""
-        return await self._read(_history, org_id, thread_id)
+        return await self._database.read(lambda conn: _history(conn, org_id, thread_id))
 
     async def record_call(self, call: CallRecord) -> None:
         """See `TurnLedger.record_call`."""
@@ -583,9 +615,13 @@ class SqlTurnLedger:
         """See `TurnLedger.release`."""
         await self._write(_release, claim)
 
-    async def sweep(self, *, dead_owners: Sequence[str] = ()) -> int:
+    async def lapse(self, dead_owners: Sequence[str]) -> int:
+        """See `TurnLedger.lapse`."""
+        return await self._write(_lapse, dead_owners)
+
+    async def sweep(self, *, dead_owners: Sequence[str] = (), lapsed_s: float = 0.0) -> int:
         """See `TurnLedger.sweep`."""
-        return await self._write(_sweep, self._ids, dead_owners)
+        return await self._write(_sweep, self._ids, dead_owners, lapsed_s)
 
     async def turn(self, org_id: str, thread_id: str, turn_id: str) -> StoredTurn:
         """See `TurnLedger.turn`."""

@@ -8,22 +8,42 @@ Deliberately absent: turns. Who owns what stands in the database.
 
 import fcntl
 import os
+import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["OwnerLock", "alone"]
 
 
+_LOOK_EVERY_S = 0.0005
+
+
 @contextmanager
-def alone(directory: Path) -> Generator[None, None, None]:
-    """Keep all others that ask for the same out until the block ends, or this process does."""
+def alone(directory: Path, *, within_s: float) -> Generator[None, None, None]:
+    """Keep all others that ask for the same out until the block ends, or this process does.
+
+    Raises:
+        TimeoutError: another process has been in its block for `within_s` seconds.
+    """
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, within_s)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, within_s: float) -> None:
+    give_up_s = time.monotonic() + within_s
+    while True:
+        # The kernel's own queue would be fairer, but a process that was stopped inside its block would stop all others.
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() > give_up_s:
+            raise TimeoutError
+        time.sleep(_LOOK_EVERY_S)
 
 
 class OwnerLock:

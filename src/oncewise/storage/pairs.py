@@ -24,6 +24,7 @@ TURN = sa.bindparam("of_turn", type_=sa.Text)
 _PREVIEW_CHARS = 120
 
 _LOCK = sa.select(threads.c.id).where(threads.c.org_id == ORG, threads.c.id == THREAD).with_for_update()
+_LOCK_FREE = _LOCK.with_for_update(skip_locked=True)
 
 _NEXT_SEQUENCE = sa.select(sa.func.coalesce(sa.func.max(messages.c.sequence), -1) + 1).where(
     messages.c.org_id == ORG, messages.c.thread_id == THREAD
@@ -73,12 +74,14 @@ class Pair:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def lock_thread(conn: sa.Connection, org_id: str, thread_id: str) -> bool:
+def lock_thread(conn: sa.Connection, org_id: str, thread_id: str, *, if_free: bool = False) -> bool:
     """Make this the only transaction that adds to the thread; False if the tenant has no such thread.
 
     Every transaction that locks a thread and a turn locks the thread first, or two of them could wait for each other.
+    With `if_free` it waits for none, and returns False while another one has the thread.
     """
-    return conn.execute(_LOCK, {"in_org": org_id, "in_thread": thread_id}).first() is not None
+    lock = _LOCK_FREE if if_free else _LOCK
+    return conn.execute(lock, {"in_org": org_id, "in_thread": thread_id}).first() is not None
 
 
 def pair_of(conn: sa.Connection, org_id: str, thread_id: str, turn_id: str) -> tuple[Message, ...]:

@@ -5,11 +5,13 @@ Deliberately absent: quantiles and sums. Whoever shows figures computes them fro
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
 
-from oncewise.model import RequestRecord, Role
+from oncewise.model import CostBasis, RequestRecord, Role
 from oncewise.storage.database import Database
 from oncewise.storage.pairs import ORG
 from oncewise.storage.tables import requests
@@ -30,7 +32,22 @@ _NAMES = tuple(field.name for field in fields(RequestRecord))
 
 
 def _record(row: sa.Row[Any]) -> RequestRecord:
-    return RequestRecord(**{**row._mapping, "role": Role(row.role)})  # noqa: SLF001 - public under a private name
+    basis = None if row.cost_basis is None else CostBasis(row.cost_basis)
+    values = {**row._mapping, "role": Role(row.role), "cost_basis": basis}  # noqa: SLF001 - public under a private name
+    return RequestRecord(**values)
+
+
+_values = attrgetter(*_NAMES)
+
+
+@cache
+def _statement(dialect: sa.Dialect) -> str:
+    return str(_INSERT.compile(dialect=dialect, column_keys=list(_NAMES)))
+
+
+def _insert(conn: sa.Connection, rows: list[tuple[Any, ...]]) -> None:
+    """Write rows as the driver takes them: there are thousands a second, and the detour by names triples their cost."""
+    conn.exec_driver_sql(_statement(conn.dialect), rows).close()
 
 
 class SqlRequestLog:
@@ -43,8 +60,8 @@ class SqlRequestLog:
         """See `RequestLog.record`."""
         if records:
             # Not `asdict`, which copies deeply: a sixth of the time of answering 5,000 requests at once.
-            rows: list[dict[str, Any]] = [{name: getattr(record, name) for name in _NAMES} for record in records]
-            await self._database.write(lambda conn: conn.execute(_INSERT, rows).close())
+            rows = [_values(record) for record in records]
+            await self._database.write(lambda conn: _insert(conn, rows))
 
     async def last(self, n: int, org_id: str | None = None) -> tuple[RequestRecord, ...]:
         """See `RequestLog.last`."""

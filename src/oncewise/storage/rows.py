@@ -148,4 +148,5 @@ def turn_of(row: Row, pair: Sequence[Message], *, now_s: float) -> StoredTurn:
         user_message=user,
         assistant_message=assistant,
         usage=assistant.usage if assistant else None,
+        cost_usd=row.cost_usd,
     )

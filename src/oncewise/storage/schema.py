@@ -10,9 +10,9 @@ import sqlalchemy as sa
 
 from oncewise.errors import SchemaMismatch
 
-__all__ = ["HEAD", "current", "upgrade"]
+__all__ = ["HEAD", "current", "require_current", "upgrade"]
 
-HEAD = "0002"
+HEAD = "0004"
 """Revision of the newest migration. Revisions are ordinals, so that a newer one is known without its script."""
 
 
@@ -37,6 +37,24 @@ def upgrade(conn: sa.Connection) -> bool:
         raise SchemaMismatch
     _migrate(conn)
     return True
+
+
+def require_current(conn: sa.Connection) -> None:
+    """See that the database has this version's schema; change nothing.
+
+    Raises:
+        SchemaMismatch: it is older, newer, or empty; the sentence says what to do.
+    """
+    revision = current(conn)
+    if revision == HEAD:
+        return
+    if revision is not None and revision > HEAD:
+        raise SchemaMismatch(
+            f"The database has schema {revision}, made by a newer version; this version's is {HEAD}: install that "
+            "version."
+        )
+    have = "is empty" if revision is None else f"has schema {revision}"
+    raise SchemaMismatch(f"The database {have}; this version needs schema {HEAD}: run `oncewise db upgrade` first.")
 
 
 def _migrate(conn: sa.Connection) -> None:

@@ -5,10 +5,13 @@ await between BEGIN and COMMIT, a cancelled request left its transaction open an
 (omnilib/aiosqlite#259). Functions that queue up while the disk syncs share the next transaction, each behind a
 savepoint of its own, so that one sync pays for all (group commit). Nobody hears of a result before its COMMIT.
 
-Only the writer checkpoints the write-ahead log: SQLite 3.7.0 to 3.51.2 can corrupt a database when two connections
-do so at once (sqlite.org/wal.html).
+Only the writer checkpoints the write-ahead log, and the writers of several processes take turns, from BEGIN to the end
+of what COMMIT checkpoints: SQLite 3.7.0 to 3.51.2 can corrupt a database when one connection checkpoints while another
+commits (sqlite.org/wal.html), and its own way of waiting for a lock, by longer and longer sleeps, lets some wait for
+seconds (docs/decisions/0030).
 
-Deliberately absent: queries, and network file systems, on which neither the log nor the locks work.
+Deliberately absent: queries, network file systems, on which neither the log nor the locks work, and other programs that
+write to the file: they take no turns.
 """
 
 import asyncio
@@ -19,6 +22,8 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,13 +32,14 @@ from sqlalchemy import event
 from sqlalchemy.pool import NullPool, QueuePool
 
 from oncewise.errors import OncewiseError, StorageFull, StorageUnavailable
+from oncewise.storage.ledger import open_owners
 from oncewise.storage.owners import OwnerLock, alone
 from oncewise.storage.schema import current, upgrade
-from oncewise.storage.tables import turns
 
 __all__ = ["SqliteDatabase", "open_sqlite", "revision_of"]
 
 Result = TypeVar("Result")
+Turn = Callable[[], AbstractContextManager[None]]
 
 _BATCH = 128
 _LOG_LIMIT_BYTES = 64 * 1024 * 1024
@@ -55,15 +61,7 @@ _UNAVAILABLE = frozenset(
 # A quota and a limit on file sizes refuse a write with other errors than ENOSPC, which SQLite reports as these.
 _REFUSED_WRITES = frozenset({sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE})
 
-_WAL_RESET_BUG = ((3, 7, 0), (3, 51, 2))
-_WAL_RESET_WARNING = (
-    "{} processes share the database file, and SQLite {} can corrupt it when two of them write at once; "
-    "use PostgreSQL, one process, or SQLite 3.51.3."
-)
-
 _OWNER = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}")
-# Ordered as the index of open turns; DISTINCT would read through all turns ever stored.
-_OPEN_OWNERS = sa.select(turns.c.owner).where(turns.c.done_at_ms.is_(None)).order_by(turns.c.lease_until_s)
 
 
 def _storage_error(error: BaseException) -> OncewiseError | None:
@@ -181,10 +179,16 @@ class _Job:
 
 
 class _Writer:
-    """The one thread that writes. It owns its connection and opens a new one after the disk failed it."""
+    """The one thread that writes. It owns its connection and opens a new one after the disk failed it.
 
-    def __init__(self, conn: sa.Connection) -> None:
+    Args:
+        conn: The connection; from now on the writer's.
+        turn: Enters the block in which this process alone writes; raises `TimeoutError`.
+    """
+
+    def __init__(self, conn: sa.Connection, turn: Turn) -> None:
         self._engine = conn.engine
+        self._turn = turn
         self._conn: sa.Connection | None = conn
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="oncewise-sqlite-writer", daemon=True)
@@ -203,9 +207,12 @@ class _Writer:
         while open_:
             batch, open_ = self._next_batch()
             if batch:
-                self._transact(batch)
+                self._take_turn(batch)
                 for job in batch:
                     job.tell()
+        # The last one to close folds the log into the file. If another process is in its turn, that is not we.
+        with suppress(OSError), self._turn():
+            self._disconnect()
         self._disconnect()
 
     def _next_batch(self) -> tuple[list[_Job], bool]:
@@ -218,6 +225,15 @@ class _Writer:
                 return batch, True
             job = self._jobs.get_nowait()
         return batch, False
+
+    def _take_turn(self, batch: list[_Job]) -> None:
+        try:
+            with self._turn():
+                self._transact(batch)
+        except OSError as error:
+            for job in batch:
+                job.error = StorageUnavailable()
+                job.error.__cause__ = error
 
     def _transact(self, batch: list[_Job]) -> None:
         try:
@@ -278,9 +294,9 @@ class SqliteDatabase:
 
     dialect_name = "sqlite"
 
-    def __init__(self, writer: sa.Connection, reader: sa.Engine, lock: OwnerLock, *, readers: int) -> None:
+    def __init__(self, writer: sa.Connection, reader: sa.Engine, lock: OwnerLock, turn: Turn, *, readers: int) -> None:
         self._lock = lock
-        self._writer = _Writer(writer)
+        self._writer = _Writer(writer, turn)
         self._reader_engine = reader
         self._readers = ThreadPoolExecutor(readers, "oncewise-sqlite-reader")
         self._closing: asyncio.Future[None] | None = None
@@ -316,18 +332,21 @@ class SqliteDatabase:
             raise
 
     async def dead_owners(self) -> tuple[str, ...]:
-        """Owners of open turns whose process is gone: their turns can end now, whatever their lease says."""
-        owners = await self.read(lambda conn: conn.execute(_OPEN_OWNERS).scalars().all())
-        living = await asyncio.to_thread(self._lock.living)
-        return tuple(sorted(set(owners) - living))
+        """See `Database.dead_owners`."""
+        others = await self.read(open_owners) - {self.owner}
+        return tuple(sorted(others - await asyncio.to_thread(self._lock.living))) if others else ()
+
+    async def alone(self) -> bool:
+        """See `Database.alone`."""
+        return await asyncio.to_thread(self._lock.living) <= {self.owner}
+
+    async def neighbours(self) -> int:
+        """See `Database.neighbours`."""
+        return len(await asyncio.to_thread(self._lock.living) - {self.owner})
 
     async def hazards(self) -> tuple[str, ...]:
-        """What an operator should know about this database; empty if all is well. For people, one sentence each."""
-        first, last = _WAL_RESET_BUG
-        if not first <= sqlite3.sqlite_version_info <= last:
-            return ()
-        living = await asyncio.to_thread(self._lock.living)
-        return (_WAL_RESET_WARNING.format(len(living), sqlite3.sqlite_version),) if len(living) > 1 else ()
+        """See `Database.hazards`: none, also with other processes, since they take turns at writing."""
+        return ()
 
     async def aclose(self) -> None:
         """See `Database.aclose`. May be called again."""
@@ -372,14 +391,18 @@ def _open(name: str, owner: str, readers: int, busy_timeout_s: float, *, checkpo
         lock = OwnerLock(owners, owner)
     except OSError as error:
         raise _not_opened(path, f"{owners.name} beside it cannot be written: {error.strerror}") from error
+    turn = partial(alone, owners, within_s=busy_timeout_s)
     try:
         # Turning a file into WAL fails at once with "locked" if two processes do it, whatever the busy timeout says.
-        with alone(owners):
+        with turn():
             writer = _prepared(path, _writer_engine(path, busy_timeout_s, checkpoints=checkpoints))
+    except TimeoutError as error:
+        lock.close()
+        raise _not_opened(path, "another process does not let go of it") from error
     except BaseException:
         lock.close()
         raise
-    return SqliteDatabase(writer, _reader_engine(path, busy_timeout_s, readers), lock, readers=readers)
+    return SqliteDatabase(writer, _reader_engine(path, busy_timeout_s, readers), lock, turn, readers=readers)
 
 
 def _prepared(path: Path, engine: sa.Engine) -> sa.Connection:

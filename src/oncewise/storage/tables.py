@@ -11,7 +11,20 @@ from typing import Any
 
 import sqlalchemy as sa
 
-__all__ = ["api_keys", "attempts", "messages", "metadata", "orgs", "requests", "threads", "turns"]
+__all__ = [
+    "api_keys",
+    "attempts",
+    "call_slots",
+    "deployment",
+    "messages",
+    "metadata",
+    "orgs",
+    "paces",
+    "requests",
+    "signals",
+    "threads",
+    "turns",
+]
 
 metadata = sa.MetaData(
     naming_convention={
@@ -226,6 +239,50 @@ requests = sa.Table(
     _text("error_code", null=True),
     _text("turn_id", null=True),
     _text("call_id", null=True),
+    _text("leader_id", null=True),
+    _text("cost_basis", null=True),
+    sa.Column("usage_estimated", sa.Boolean),
     sa.Index(None, "finished_at_ms", "number"),
     sa.Index(None, "org_id", "finished_at_ms", "number"),
+)
+
+# -- between workers: nothing here outlives them, but for the deployment's secret -------------------------------------
+
+deployment = sa.Table(
+    "deployment",
+    metadata,
+    # One row: everybody who shares the database is one deployment.
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _text("secret"),
+    sa.CheckConstraint("id = 1", name="one"),
+)
+
+paces = sa.Table(
+    "paces",
+    metadata,
+    sa.Column("provider", sa.Text, primary_key=True),
+    # When the bucket of starts is full again.
+    sa.Column("free_at_s", sa.Double, nullable=False),
+    # The latest starts, newest last, where so many may not come within a second: numbers in JSON.
+    _text("latest"),
+)
+
+call_slots = sa.Table(
+    "call_slots",
+    metadata,
+    sa.Column("provider", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("until_s", sa.Double, nullable=False),
+)
+
+signals = sa.Table(
+    "signals",
+    metadata,
+    sa.Column("number", _RowNumber, primary_key=True, autoincrement=True),
+    # Null for what is said to all.
+    _text("receiver", null=True),
+    _text("sender"),
+    _text("word"),
+    sa.Column("sent_at_s", sa.Double, nullable=False),
+    sa.Index(None, "sent_at_s"),
 )

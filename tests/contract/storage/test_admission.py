@@ -269,12 +269,14 @@ async def test_a_full_queue_has_room_after_a_turn_ended(storage: Storage, thread
 
 
 async def test_reject_refuses_a_new_turn_while_another_is_open(storage: Storage, thread: str):
-    """`on_busy=reject`, and nothing is stored for the refused one."""
-    await storage.lead(thread, "running")
+    """`on_busy=reject`, and nothing is stored for the refused one, which is told what runs."""
+    running = await storage.lead(thread, "running")
+    await storage.lead(thread, "waits")
 
-    with pytest.raises(ThreadBusy):
+    with pytest.raises(ThreadBusy) as refused:
         await storage.admit(thread, "other", on_busy=OnBusy.REJECT)
-    assert (await storage.admit(thread, "third")).position == 1
+    assert refused.value.turn_id == running.turn_id
+    assert (await storage.admit(thread, "third")).position == 2
 
 
 async def test_reject_still_joins_and_leads_an_idle_thread(storage: Storage, thread: str):

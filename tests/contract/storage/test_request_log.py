@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from oncewise.model import RequestRecord, Role
+from oncewise.model import CostBasis, RequestRecord, Role
 from tests.support.storage import Storage
 
 RECORD = RequestRecord(
@@ -38,6 +38,9 @@ async def test_a_record_is_read_back_whole(storage: Storage):
         error_code="provider_error",
         turn_id="t",
         call_id="c",
+        leader_id="r0",
+        cost_basis=CostBasis.ESTIMATED,
+        usage_estimated=True,
     )
     await storage.requests.record([RECORD, full])
 
@@ -66,3 +69,12 @@ async def test_no_records_are_no_transaction(storage: Storage):
     await storage.requests.record([])
 
     assert await storage.requests.last(1) == ()
+
+
+async def test_the_largest_figures_there_are_can_be_recorded(storage: Storage):
+    """Both counts of a request, and their sum as saved."""
+    most = 2**30 - 1
+    record = replace(RECORD, prompt_tokens=most, completion_tokens=most, tokens_saved=2 * most, cost_usd=1e300)
+    await storage.requests.record([record])
+
+    assert await storage.requests.last(1) == (record,)

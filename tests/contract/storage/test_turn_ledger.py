@@ -83,6 +83,15 @@ async def test_sequences_have_no_gaps_across_turns_that_stored_nothing(storage: 
     assert [message.content for message in messages] == ["a", "to a", "c", "par", "d", "to d"]
 
 
+async def test_the_largest_figures_there_are_can_be_stored(storage: Storage, thread: str):
+    """A provider's mistake must not cost the answer."""
+    usage = Usage(2**30 - 1, 2**30 - 1)
+    turn = await storage.ledger.commit(await storage.lead(thread), answer(usage=usage, cost_usd=1e300))
+
+    assert turn is not None
+    assert turn.usage == usage
+
+
 # -- end ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +275,40 @@ async def test_sweep_ends_turns_of_dead_owners_before_their_lease(storage: Stora
     assert await storage.ledger.sweep(dead_owners=["somebody else"]) == 0
     assert await storage.ledger.sweep(dead_owners=["somebody else", "worker-1"]) == 1
     assert (await storage.read(claim)).state is TurnState.INTERRUPTED
+
+
+async def test_lapsing_frees_the_open_turns_of_dead_owners_at_once(storage: Storage, thread: str):
+    """Of all tenants, and of nobody else; whoever follows one takes it over, and its late owner changes nothing."""
+    lost = [await storage.lead(await storage.thread(org), org_id=org) for org in ("a", "b")]
+    ended = await storage.answered(thread)
+    living = await replace(storage, owner="worker-2").lead(await storage.thread())
+
+    assert await storage.ledger.lapse(["worker-1", "somebody else"]) == 2
+    assert await storage.ledger.lapse(["worker-1"]) == 0
+    assert [(await storage.read(claim)).lease_lapsed for claim in (*lost, living)] == [True, True, False]
+    assert timeless(await storage.ledger.turn(storage.org, thread, ended.id)) == timeless(ended)
+    taken = await storage.ledger.take_over(lost[0], owner="worker-2", lease_s=LEASE_S)
+    assert taken == replace(lost[0], epoch=2)
+    assert await storage.ledger.commit(lost[0], answer()) is None
+
+
+async def test_lapsing_nobodys_turns_changes_nothing(storage: Storage, thread: str):
+    """The usual case: nobody is dead."""
+    claim = await storage.lead(thread)
+
+    assert await storage.ledger.lapse([]) == 0
+    assert not (await storage.read(claim)).lease_lapsed
+
+
+async def test_sweep_leaves_a_lapsed_turn_to_its_followers_for_a_while(storage: Storage, thread: str):
+    """They look at the row now and then; ended too soon, a turn that could have been answered would fail."""
+    claim = await storage.lead(thread)
+    await storage.ledger.release(claim)
+    storage.clock.advance(2)
+
+    assert await storage.ledger.sweep(lapsed_s=3.0) == 0
+    storage.clock.advance(1.5)
+    assert await storage.ledger.sweep(lapsed_s=3.0) == 1
 
 
 async def test_sweep_keeps_the_order_of_a_threads_turns(storage: Storage, thread: str):

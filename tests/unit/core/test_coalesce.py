@@ -184,6 +184,32 @@ async def test_waiters_wake_in_the_order_they_came() -> None:
 
 
 @virtual_time
+@pytest.mark.parametrize("ending", ["value", "error", "dropped", "cancelled", "closed"])
+async def test_what_comes_after_a_flight_comes_after_every_ending(ending: str) -> None:
+    """Once, with the outcome there to be read; at once if it has landed. Work that never began is no exception."""
+    flights, work = Coalescer(), Held()
+    waiter: Waiter[Any] = flights.join("key", work)
+    seen: list[bool] = []
+    waiter.flight.after(lambda: seen.append(waiter.flight.outcome is not None))
+    if ending != "dropped":
+        await turns()
+    if ending == "value":
+        work.end(1)
+    elif ending == "error":
+        work.fail(ProviderError())
+    elif ending == "cancelled":
+        flights.cancel(waiter.flight, TurnCancelled().failure())
+    elif ending == "dropped":
+        waiter.leave()
+    else:
+        await flights.aclose()
+    await turns(3)
+    assert seen == [True]
+    waiter.flight.after(lambda: seen.append(True))
+    assert seen == [True, True]
+
+
+@virtual_time
 async def test_the_first_caller_may_leave() -> None:
     """The leader's task is cancelled; the other three get the value of the same call (C07)."""
     flights, work = Coalescer(), Held()
@@ -1197,3 +1223,40 @@ async def test_an_unhashable_key_is_refused_before_anything_starts() -> None:
     with pytest.raises(TypeError):
         flights.join([], Held())
     assert flights.stats() == IDLE
+
+
+class KnowsItsFlight:
+    """Work as the services have it: an object that keeps the flight it belongs to."""
+
+    def __init__(self, *, fails: bool) -> None:
+        self.fails = fails
+
+    async def __call__(self, flight: Flight[str]) -> str:
+        self.flight = flight
+        flight.after(self.over)
+        if self.fails:
+            raise ProviderError
+        return "value"
+
+    def over(self) -> None:
+        """Told when the flight has landed."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_work_that_knows_its_flight_needs_no_collection(fails: bool) -> None:
+    """Neither after a good end nor after one that was remembered for a while."""
+    gc.collect()
+    gc.disable()
+    try:
+        flights = Coalescer(remember=lambda _failure: 0.01)
+        work = KnowsItsFlight(fails=fails)
+        gone = weakref.ref(work)
+        with flights.join("key", work) as waiter:
+            await waiter.outcome()
+        del work, waiter
+        await asyncio.sleep(0.03)
+        flights.stats()  # lets go of what is remembered no longer
+        assert gone() is None
+        await flights.aclose()
+    finally:
+        gc.enable()

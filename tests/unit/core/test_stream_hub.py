@@ -590,11 +590,10 @@ class Basket:
         self.open = True
         self.chunks: list[bytes] = []
 
-    def ready(self) -> bool:
+    def push(self, chunk: bytes) -> bool:
+        if self.open:
+            self.chunks.append(chunk)
         return self.open
-
-    def push(self, chunk: bytes) -> None:
-        self.chunks.append(chunk)
 
 
 @virtual_time

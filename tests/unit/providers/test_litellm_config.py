@@ -170,6 +170,31 @@ def test_variables_of_the_file_and_patterns(tmp_path: Path) -> None:
     assert loaded.warnings == ("some is left out: its model is a pattern.",)
 
 
+def test_a_models_price_is_taken_over(tmp_path: Path) -> None:
+    """From either place; a token's price becomes that of a million. Half a price is none, and said to be ignored."""
+    loaded = load(
+        tmp_path,
+        """
+        model_list:
+          - model_name: one
+            litellm_params: {model: openai/a, rpm: 60, input_cost_per_token: 0.0000025, output_cost_per_token: 1e-5}
+          - model_name: two
+            litellm_params: {model: openai/b, rpm: 60, output_cost_per_token: 0}
+            model_info: {input_cost_per_token: 1.5e-06, output_cost_per_token: 3}
+          - model_name: one
+            litellm_params: {model: openai/a, rpm: 60, input_cost_per_token: 1, output_cost_per_token: 1}
+          - model_name: half
+            litellm_params: {model: openai/c, rpm: 60, input_cost_per_token: 1.0e-06}
+        """,
+    )
+    prices = {name: tuple(price.model_dump().values()) for name, price in loaded.settings.prices.items()}
+    assert prices == {"openai/a": (2.5, 10.0), "openai/b": (1.5, 0.0)}
+    assert loaded.warnings == (
+        "one has 2 deployments; the first is used.",
+        "Without a meaning here, and ignored: litellm_params.input_cost_per_token.",
+    )
+
+
 def test_keys_are_found_where_litellm_finds_them(tmp_path: Path) -> None:
     """Two providers have another name there."""
     text = "model_list: [{model_name: kimi, litellm_params: {model: moonshot/kimi-k2.6, rpm: 60}}]"
@@ -185,6 +210,9 @@ def test_the_environment_still_wins(tmp_path: Path) -> None:
     text = "model_list: [{model_name: gpt, litellm_params: {model: openai/gpt, rpm: 60}}]"
     loaded = load(tmp_path, text, {**ENVIRON, "OPENAI_RPS": "5"}, name="config.yml")
     assert loaded.settings.providers["openai"].rps == 5.0
+
+
+ONE = "model_list: [{model_name: a, litellm_params: {model: openai/x}"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +233,10 @@ def test_the_environment_still_wins(tmp_path: Path) -> None:
         (
             f"model_list: [{{model_name: a, litellm_params: {{model: openai/x, rpm: {SECRET}}}}}]",
             "model_list[0].litellm_params.rpm",
+        ),
+        (
+            f"{ONE}, model_info: {{input_cost_per_token: {SECRET}, output_cost_per_token: 1}}}}]",
+            "model_list[0].input_cost_per_token",
         ),
         (
             f"model_list: [{{model_name: a, litellm_params: {{model: openai/x, api_base: 'http://{SECRET}/v1'}}}}]",
@@ -229,7 +261,8 @@ yaml_values = st.recursive(
         | st.dictionaries(
             st.sampled_from(
                 ["model_list", "model_name", "litellm_params", "model", "api_key", "api_base", "rpm",
-                 "environment_variables", "max_parallel_requests", "custom_llm_provider"]
+                 "environment_variables", "max_parallel_requests", "custom_llm_provider", "model_info",
+                 "input_cost_per_token", "output_cost_per_token"]
             ),
             inner,
             max_size=4,

@@ -272,12 +272,18 @@ async def test_finish_reasons_are_told_in_our_words(kind: type[NativeProvider], 
 @pytest.mark.parametrize(
     ("status", "body", "code", "retryable", "wait_s"),
     [
-        (529, {"type": "error", "error": {"type": "overloaded_error", "message": "secret"}}, "provider_error", True, 3),
+        (
+            529,
+            {"type": "error", "error": {"type": "overloaded_error", "message": "secret"}},
+            "provider_unavailable",
+            True,
+            3,
+        ),
         (429, {"type": "error", "error": {"type": "rate_limit_error"}}, "provider_rate_limited", True, 3),
         (400, {"type": "error", "error": {"type": "invalid_request_error"}}, "provider_error", False, None),
         (403, {"type": "error", "error": {"type": "billing_error"}}, "provider_error", False, None),
         (429, [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED"}}], "provider_rate_limited", True, 3),
-        (503, {"error": {"code": 503, "status": "UNAVAILABLE", "message": "secret"}}, "provider_error", True, 3),
+        (503, {"error": {"code": 503, "status": "UNAVAILABLE", "message": "secret"}}, "provider_unavailable", True, 3),
         (400, {"error": {"code": 400, "status": "INVALID_ARGUMENT"}}, "provider_error", False, None),
     ],
 )

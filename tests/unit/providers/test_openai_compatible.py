@@ -7,13 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oncewise.core.chunks import assembled, usage_object
 from oncewise.errors import OncewiseError, ProviderError, ProviderProtocolError, ProviderRateLimited
-from oncewise.model import ChatMessage, ChatRequest, FinishReason, Params, Usage
+from oncewise.model import ChatMessage, ChatRequest, CompletionRequest, FinishReason, Params, Usage
 from oncewise.ports import Completion, TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.catalogue import CATALOGUE, Quirks
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
-from tests.support.recorded_streams import RECORDED, Recorded
+from tests.support.recorded_streams import RECORDED, WHOLE, Recorded
 from tests.support.scripted_transport import ScriptedTransport, split
 
 REQUEST = ChatRequest("acme", "m1", (ChatMessage("system", "be brief"), ChatMessage("user", "hi")))
@@ -32,8 +33,12 @@ def chunk(content: Any = None, finish: Any = None, **fields: Any) -> str:
 async def answer(body: str | bytes | list[bytes], quirks: Quirks = PLAIN, **head: Any) -> tuple[str, Completion]:
     """Text and completion of an answer with this body."""
     pieces = body if isinstance(body, list) else [body.encode() if isinstance(body, str) else body]
-    provider = OpenAICompatibleProvider("acme", ScriptedTransport(pieces, **head), quirks=quirks)
-    events = [event async for event in provider.stream(REQUEST)]
+    transport = ScriptedTransport(pieces, **head)
+    provider = OpenAICompatibleProvider("acme", transport, quirks=quirks)
+    try:
+        events = [event async for event in provider.stream(REQUEST)]
+    finally:
+        assert transport.open == 0, "the connection is given back, however the answer ended"
     assert all(isinstance(event, TextDelta) and event.text for event in events[:-1])
     assert isinstance(events[-1], Completion)
     return "".join(event.text for event in events[:-1]), events[-1]
@@ -48,9 +53,37 @@ async def failure(body: str | bytes, **head: Any) -> OncewiseError:
 @pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
 async def test_a_recorded_stream_means_the_same_wherever_it_is_split(recorded: Recorded) -> None:
     """Text, finish reason, usage, model, citations and cost of every public dialect, cut at every position."""
-    quirks = Quirks(done_ends=recorded.done_ends)
+    quirks = CATALOGUE[recorded.provider].quirks
     for position in range(len(recorded.body)):
         assert await answer(split(recorded.body, position), quirks) == (recorded.text, recorded.completion)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+async def test_the_chunks_of_a_recorded_stream_add_up_wherever_it_is_split(name: str) -> None:
+    """Tool calls, logprobs, reasoning, citations, cost and whatever else a provider says, cut at every position."""
+    provider, body, document = WHOLE[name]
+    quirks = CATALOGUE[provider].quirks
+    for position in range(len(body)):
+        adapter = OpenAICompatibleProvider(provider, ScriptedTransport(split(body, position)), quirks=quirks)
+        asked = CompletionRequest(provider, "m1", {"messages": []})
+        chunks = [chunk async for chunk in adapter.chunks(asked)]
+        figures = [figure for figure in map(usage_object, chunks) if figure is not None]
+        assert assembled(chunks, figures[-1] if figures else {}) == document
+
+
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded.name)
+async def test_a_recorded_stream_that_ends_early_never_counts(recorded: Recorded) -> None:
+    """After every event before the one with the finish reason, a clean end of the body is an error to retry."""
+    body = recorded.body.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    blocks = body.split(b"\n\n")[:-1]
+    end = b"[DONE]" if recorded.provider == "ollama" else b'"finish_reason":"'
+    last = next(at for at, block in enumerate(blocks) if end in block)
+    for size in range(last + 1):
+        transport = ScriptedTransport([b"".join(block + b"\n\n" for block in blocks[:size])])
+        adapter = OpenAICompatibleProvider("acme", transport, quirks=CATALOGUE[recorded.provider].quirks)
+        with pytest.raises(ProviderProtocolError) as caught:
+            _ = [event async for event in adapter.stream(REQUEST)]
+        assert caught.value.retryable
 
 
 async def test_the_request_asks_for_a_stream_with_usage() -> None:
@@ -112,6 +145,19 @@ async def test_a_dialect_changes_the_request() -> None:
         (chunk("text") + event({"error": "secret"}), "provider_error", True),
         (chunk("text") + 'event: error\ndata: {"message":"secret"}\n\n', "provider_error", True),
         (event({"error": {"code": 429, "message": "secret"}}), "provider_rate_limited", True),
+        # OpenRouter's, in the middle of an answer.
+        (
+            chunk("text") + chunk("", "error", id="gen-1", provider="X", error={"code": 502, "message": "secret"}),
+            "provider_error",
+            True,
+        ),
+        (
+            event(
+                {"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "error", "error": {"code": 429}}]}
+            ),
+            "provider_error",
+            True,
+        ),
         (event({"error": {"code": "502", "message": "secret"}}), "provider_error", True),
         (event({"error": {"type": "invalid_request_error", "message": "secret"}}), "provider_error", False),
         (event({"error": {"code": "insufficient_quota", "type": "rate_limit_error"}}), "provider_error", False),
@@ -122,6 +168,51 @@ async def test_what_is_no_verified_answer_is_an_error(body: str | bytes, code: s
     error = await failure(body)
     assert (error.code, error.retryable) == (code, retryable)
     assert "secret" not in error.detail
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (chunk("", "stop"), True),
+        (chunk(None, "stop", usage={"prompt_tokens": 1, "completion_tokens": 0}) + DONE, True),
+        ("", False),
+        (DONE, False),
+        (chunk("text") + DONE, False),
+        (event({"error": {"code": 500}}), False),
+    ],
+)
+async def test_only_a_whole_answer_without_text_may_be_its_prompts_doing(body: str, expected: bool) -> None:
+    """A tenant must not be able to have a model taken for broken; a broken model must be."""
+    assert (await failure(body)).self_inflicted is expected
+
+
+async def chunks_before_the_end(body: str, n: int) -> tuple[list[dict[str, Any]], OncewiseError | None]:
+    """What was passed on of an answer to a request for `n` choices, and the error that ended it."""
+    provider = OpenAICompatibleProvider("acme", ScriptedTransport([body.encode()]))
+    seen: list[dict[str, Any]] = []
+    try:
+        async for piece in provider.chunks(CompletionRequest("acme", "m1", {"messages": [], "n": n})):
+            seen.append(piece)  # noqa: PERF401  those before an error count
+    except OncewiseError as error:
+        return seen, error
+    return seen, None
+
+
+@pytest.mark.parametrize("body", [chunk("", "stop"), chunk(None) + chunk(None, "stop") + DONE])
+async def test_an_empty_answer_has_no_end_that_could_be_shown(body: str) -> None:
+    """A finish reason looks like a whole answer, whatever follows."""
+    seen, error = await chunks_before_the_end(body, 1)
+    assert isinstance(error, ProviderProtocolError)
+    assert all(choice["finish_reason"] is None for piece in seen for choice in piece["choices"])
+
+
+async def test_the_last_of_several_choices_decides_whether_an_answer_is_empty() -> None:
+    """One of them may well be."""
+    ends = (
+        {"index": index, "delta": {"content": text}, "finish_reason": "stop"} for index, text in ((0, ""), (1, "x"))
+    )
+    seen, error = await chunks_before_the_end("".join(event({"choices": [end]}) for end in ends) + DONE, 2)
+    assert (len(seen), error) == (2, None)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +293,7 @@ async def test_text_keeps_everything_but_nul() -> None:
     assert (await answer(chunk("a\0b\u2028é🙂\u200d\r\n") + chunk("\0") + chunk(None, "stop")))[
         0
     ] == "ab\u2028é🙂\u200d\r\n"
+    assert (await answer(chunk("a", "stop", model="m\0-1")))[1].model == "m-1"
 
 
 @pytest.mark.parametrize("seed", [1 << 70])

@@ -1,6 +1,9 @@
 """Which requests on `/v1` share, and what their chunks add up to."""
 
 import asyncio
+import gc
+import json
+import weakref
 from collections.abc import AsyncGenerator
 from types import MappingProxyType
 from typing import Any
@@ -16,8 +19,9 @@ from oncewise.core.stream_hub import StreamHub
 from oncewise.errors import IdempotencyMismatch, ModelNotFound, ProviderError
 from oncewise.model import CompletionRequest, Role
 from oncewise.service.attempts import ProviderLane
-from oncewise.service.completions import TRANSPORT, CompletionAsk, Completions, Policy, Wish
+from oncewise.service.completions import TRANSPORT, CompletionAsk, Completions, Wish
 from oncewise.service.model_names import ModelNames
+from oncewise.service.sharing import Policies, Policy
 
 BODY = {"model": "p/m", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 SAMPLED = {**BODY, "temperature": 1}
@@ -49,7 +53,41 @@ class Held:
             self.closed.set()
 
 
-def desk_of(provider: Any = None, policy: Policy = Policy.SAFE, abandon_after_s: float = 5.0) -> Completions:
+class Says:
+    """Answers with the chunks it was given."""
+
+    name = "p"
+
+    def __init__(self, *chunks: dict[str, Any]) -> None:
+        self.said = chunks
+
+    async def chunks(self, request: CompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+        for chunk in self.said:
+            yield chunk
+
+
+def choice(delta: dict[str, Any], finish: str | None = None, index: int = 0) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "finish_reason": finish}
+
+
+async def told(*chunks: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
+    """What viewers get of an answer, without what every chunk begins with."""
+    desk = desk_of(Says(*chunks))
+    ticket = desk.send("acme", ask({**BODY, **body}))
+    await ticket.result()
+    events = ticket.run.log.text.split("\n\n")[:-1]
+    ticket.leave()
+    await desk.aclose()
+    read = [json.loads(event.removeprefix("data: ")) for event in events]
+    head = ("id", "object", "created", "model")
+    assert all({*head} <= chunk.keys() for chunk in read)
+    return [{name: value for name, value in chunk.items() if name not in head} for chunk in read]
+
+
+SAFE = Policies()
+
+
+def desk_of(provider: Any = None, policies: Policies = SAFE, abandon_after_s: float = 5.0) -> Completions:
     clock_s = asyncio.get_running_loop().time if provider else lambda: 0.0
     lane = ProviderLane(provider, Pacer(LocalLimiter(1e6, 1000, clock_s), concurrency=50), "m", RetryBudget())
     ids = iter(range(10_000))
@@ -58,7 +96,7 @@ def desk_of(provider: Any = None, policy: Policy = Policy.SAFE, abandon_after_s:
         ModelNames({"p": "m"}, default_provider="p", aliases={"short": "p/m"}),
         logs=StreamHub(retention_s=60.0),
         ids=lambda: f"call{next(ids)}",
-        policy=policy,
+        policies=policies,
         abandon_after_s=abandon_after_s,
         chance=lambda: 0.0,
         now_s=lambda: 7,
@@ -96,7 +134,7 @@ def key_of(body: dict[str, Any], org: str = "acme") -> Any:
 )
 def test_what_shares_by_which_policy(policy: str, fields: dict[str, Any], wish: str, reason: str | None) -> None:
     """Asking a model twice on purpose must give two answers."""
-    plan = desk_of(policy=Policy(policy)).plan(
+    plan = desk_of(policies=Policies(Policy(policy))).plan(
         "acme", ask({"model": "p/m", "messages": [{}], **fields}, wish=Wish(wish))
     )
     assert (plan.reason if plan.key else None) == reason
@@ -269,6 +307,60 @@ async def test_a_request_dropped_before_its_first_step_leaves_nothing() -> None:
     await desk.aclose()
 
 
+async def test_calls_that_nobody_waits_for_end_when_the_server_stops() -> None:
+    """Nobody can come back to them, so the stop does not wait; those that are waited for go on until they are left."""
+    provider = Held()
+    desk = desk_of(provider)
+    left = desk.send("acme", ask())
+    await provider.started.wait()
+    stays = desk.send("acme", ask(SAMPLED))
+    while provider.calls < 2:
+        await asyncio.sleep(0)
+    left.leave()
+    desk.drain()
+    async with asyncio.timeout(1):
+        await provider.closed.wait()
+        assert desk.flights.stats().tasks == 1
+        stays.leave()
+        while desk.flights.stats().tasks:
+            await asyncio.sleep(0.01)
+    await desk.aclose()
+
+
+async def test_every_choice_has_its_role_once() -> None:
+    """Clients join repeated ones; a provider that sends none is helped out."""
+    first, second = choice({"content": "a"}), choice({"role": "assistant", "content": "b"}, index=1)
+    again = choice({"role": "assistant", "content": "c"}, "stop", index=1)
+    seen = await told(
+        {"choices": [first, second]}, {"choices": [again]}, {"choices": [choice({}, "stop")]}, n=2, seed=1
+    )
+    assert [each["delta"] for chunk in seen for each in chunk["choices"]] == [
+        {"role": "assistant", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"content": "c"},
+        {},
+    ]
+
+
+async def test_what_comes_without_a_choice_gets_an_empty_one() -> None:
+    """Content filters before the first choice, citations after the last: clients look at `choices[0]` of all chunks."""
+    text = {"citations": ["u"], "choices": [choice({"content": "a"}, "stop")]}
+    seen = await told({"choices": [], "filters": [1]}, text, {"choices": [], "citations": ["u"], "found": 2})
+    assert [chunk["choices"] for chunk in seen] == [
+        [choice({})],
+        [choice({"role": "assistant", "content": "a"}, "stop")],
+        [choice({})],
+    ]
+    assert (seen[0]["filters"], seen[1]["citations"], seen[2]["found"]) == ([1], ["u"], 2)
+
+
+async def test_figures_make_no_chunk_even_with_what_was_said_before() -> None:
+    """OpenRouter and Perplexity repeat their extras in the chunk of figures, which only some callers want."""
+    text = {"provider": "x", "choices": [choice({"content": "a"}, "stop")]}
+    figures = {"prompt_tokens": 1, "completion_tokens": 1}
+    assert len(await told(text, {"choices": [], "provider": "x", "usage": figures})) == 1
+
+
 def test_chunks_add_up_to_a_completion() -> None:
     """Tool calls by index, logprobs in order, unknown fields kept."""
     function = {"name": "f", "arguments": '{"a"'}
@@ -306,3 +398,22 @@ def test_chunks_add_up_to_a_completion() -> None:
             }
         ],
     }
+
+
+@pytest.mark.parametrize("body", [BODY, SAMPLED])
+async def test_a_call_that_is_over_needs_no_collection(body: dict[str, Any]) -> None:
+    """At thousands a second, collecting what refers to itself would stop the loop for 50 ms at a time."""
+    gc.collect()
+    gc.disable()
+    try:
+        desk = desk_of(Says({"choices": [choice({"content": "x"}, "stop")]}))
+        with desk.send("acme", ask(body)) as ticket:
+            completion = await ticket.result()
+            ticket.run.document(completion)
+        gone = weakref.ref(ticket.run)
+        del ticket, completion
+        await asyncio.sleep(0.01)
+        assert gone() is None
+        await desk.aclose()
+    finally:
+        gc.enable()

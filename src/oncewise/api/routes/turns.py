@@ -17,8 +17,8 @@ router = APIRouter(prefix="/api/threads", tags=["turns"], dependencies=[Depends(
 @router.post("/cancel/{request_id}", response_model=Withdrawn)
 async def cancel_request(exchange: Arrived, request_id: str) -> Response:
     """Withdraw one request; the provider call stops when no other is interested."""
-    exchange.services.threads.cancel_request(exchange.tenant(), request_id)
-    return reply({"request_id": request_id, "state": "cancelled"})
+    withdrawn = await exchange.services.threads.cancel_request(exchange.tenant(), request_id)
+    return reply({"request_id": request_id, "state": "cancelled" if withdrawn else "ended"})
 
 
 @router.get("/{thread_id}/turns/{turn_id}", response_model=TurnOut)

@@ -1,0 +1,1 @@
+"""What workers share beside the database: ports between them, and what carries them."""

@@ -1,0 +1,41 @@
+"""Runs histories and collects what they violate."""
+
+import gc
+import traceback
+import warnings
+
+from tests.simulation.check import violations
+from tests.simulation.fleet import Parts
+from tests.simulation.histories import history
+
+__all__ = ["CHUNK", "broken", "chunk_of"]
+
+CHUNK = 250
+
+
+def broken(seed: int, parts: Parts = Parts()) -> list[str]:  # noqa: B008  frozen
+    """What the history of a seed violates; an exception of the simulated code counts."""
+    with warnings.catch_warnings():
+        # What crashed machines were about to say when they are taken apart, now or when the next seed's are made.
+        warnings.filterwarnings("ignore", ".*was never awaited")
+        fleet = history(seed, parts)
+        found = violations(fleet)
+        fleet.tear_down()
+        if seed % 100 == 0:
+            # Fleets are cycles, and servers that ran in this process may have told the collector to take its time.
+            del fleet
+            gc.collect()
+    return found
+
+
+def chunk_of(first: int, end: int) -> list[tuple[int, list[str]]]:
+    """The bad seeds among the next `CHUNK`."""
+    bad = []
+    for seed in range(first, min(first + CHUNK, end)):
+        try:
+            found = broken(seed)
+        except Exception:  # noqa: BLE001  the seed is what the reader needs
+            found = [traceback.format_exc()]
+        if found:
+            bad.append((seed, found))
+    return bad

@@ -1,0 +1,97 @@
+"""Thousands of histories of a fleet under faults keep every promise, and a fleet with a planted bug is found out."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from tests.property import test_admission as admission
+from tests.simulation.bugs import PLANTED
+from tests.simulation.histories import history
+from tests.simulation.ledger import Records
+from tests.simulation.run import broken
+
+SEEDS = 2_000
+
+
+@pytest.mark.slow
+def test_no_history_breaks_a_promise():
+    """A sample of what `make simulate` runs."""
+    found = {seed: seen for seed in range(SEEDS) if (seen := broken(seed))}
+
+    assert found == {}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_a_planted_bug_is_found(bug: str):
+    """Within two thousand seeds; most within a hundred."""
+    assert any(broken(seed, PLANTED[bug]) for seed in range(SEEDS))
+
+
+def test_lost_turns_are_answered_by_others():
+    """What is never tried breaks no promise: turns are taken over in these histories, and completed."""
+    epochs = set()
+    for seed in range(300):
+        fleet = history(seed)
+        epochs |= {turn.epoch for turn in fleet.completed()}
+        fleet.tear_down()
+
+    assert {1, 2} <= epochs
+
+
+def told(seed: int) -> list[Any]:
+    fleet = history(seed)
+    fleet.tear_down()
+    return [(client.tries, client.told) for client in fleet.clients]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_seed_is_one_history(seed: int):
+    """Or a seed in a report would be worth nothing."""
+    assert told(seed) == told(seed)
+
+
+# -- the ledger in memory ----------------------------------------------------------------------------------------
+
+
+class AsyncRecords:
+    """The records as the port has them."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._records, name)
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs)
+
+        return call
+
+
+class RecordsHistory(admission.History):
+    """The history that holds the SQL ledger to the rules, on the records."""
+
+    def __init__(self) -> None:
+        self.now_ms = 1_800_000_000_000
+        records = Records(lambda: self.now_ms / 1000)
+        self.ledger = AsyncRecords(records)  # type: ignore[assignment]
+        self.threads = {}
+        self.model = {place: admission.ModelThread() for place in admission.PLACES}
+
+        async def thread(org_id: str) -> str:
+            return records.make_thread(org_id, f"{org_id}-{len(records.threads)}").id
+
+        async def get(org_id: str, thread_id: str) -> Any:
+            return records.threads[org_id, thread_id]
+
+        self.storage: Any = SimpleNamespace(thread=thread, threads=SimpleNamespace(get=get))
+
+
+@settings(max_examples=200, deadline=None)
+@given(admission.histories)
+def test_the_ledger_in_memory_obeys_the_rules_of_the_real_one(steps: list[Any]):
+    """Same decision, same turn, same error at every step; else the simulation would be of something else."""
+    asyncio.run(RecordsHistory().run(steps))
