@@ -171,7 +171,7 @@ async def database(settings: Settings) -> AsyncIterator[Finding]:
     try:
         revision = await engines.revision(settings)
     except OncewiseError as error:
-        yield Finding("database", State.WRONG, error.detail, "check ONCEWISE_DATABASE_URL, and that it runs")
+        yield Finding("database", State.WRONG, error.detail, "check ONCEWISE_DATABASE_URL, and the server behind it")
         return
     if revision != schema.HEAD:
         yield _behind(settings, revision)
