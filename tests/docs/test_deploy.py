@@ -216,6 +216,9 @@ def test_a_pod_is_restricted(kind: str) -> None:
     pod = found[kind]["spec"]["template"]["spec"]
     assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert pod["automountServiceAccountToken"] is False
+    # A service of this name gives each pod of its namespace an ONCEWISE_PORT that is no number.
+    assert found["Service"]["metadata"]["name"] == "oncewise"
+    assert pod["enableServiceLinks"] is False
     for container in (*pod.get("initContainers", ()), *pod["containers"]):
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False
