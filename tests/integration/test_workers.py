@@ -431,7 +431,7 @@ async def test_a_whole_service_may_be_signalled_at_once(fake: FakeProvider, tmp_
         said = {"content": "Hello", "model": "n40-gap25"}
         async with watching(worker, f"/api/threads/{thread}/messages/stream", said) as stream:
             await stream.until("delta")
-            for process in (fleet.supervisor, *(each.process for each in fleet.workers)):
+            for process in (fleet.supervisor, fleet.valkey, *(each.process for each in fleet.workers)):
                 process.terminate()
             assert terminal(await stream.rest()).name == "done"
         assert await fleet.server.exited(10) == 0
