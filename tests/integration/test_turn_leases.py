@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from oncewise.errors import LeaderLost, ProviderError, StorageUnavailable
-from oncewise.model import Answer, FinishReason, TurnClaim, TurnState, Usage
+from oncewise.model import Answer, FinishReason, Heartbeat, TurnClaim, TurnState, Usage
 from tests.support.ledgers import DisturbedLedger
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
@@ -317,7 +317,7 @@ async def test_shown_text_of_a_lost_owner_is_kept_and_not_replaced(held):
     """The turn is interrupted with its partial, without another call."""
     thread = await held.thread()
     claim = await lost(held, thread)
-    await held.ledger.beat(claim, lease_s=0.0, partial="so far", partial_seq=2)
+    await held.ledger.beat([Heartbeat(claim, "so far", 2)], lease_s=0.0)
     await held.ledger.mark_visible(claim)
 
     error = await held.outcome(thread)

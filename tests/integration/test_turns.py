@@ -33,6 +33,7 @@ from oncewise.model import (
     ChatMessage,
     ChatRequest,
     FinishReason,
+    Heartbeat,
     MessageStatus,
     OnBusy,
     OnDisconnect,
@@ -888,7 +889,7 @@ async def test_a_turn_that_its_process_left_open_can_be_cancelled(tmp_path):
         lead = await desk.ledger.admit(
             desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
         )
-        await desk.ledger.beat(lead.claim, lease_s=0.05, partial="so far", partial_seq=2)
+        await desk.ledger.beat([Heartbeat(lead.claim, "so far", 2)], lease_s=0.05)
 
         turn = await desk.threads.cancel_turn(thread.org_id, thread.id, lead.claim.turn_id)
 

@@ -43,6 +43,7 @@ from oncewise.model import (
     Answer,
     ChatMessage,
     ChatRequest,
+    Heartbeat,
     OnBusy,
     OnDisconnect,
     Role,
@@ -55,6 +56,7 @@ from oncewise.ports import Admission, Follow, Lead, Replay, Signal, TurnLedger
 from oncewise.service.accounts import Bill, Share
 from oncewise.service.calls import CallResult, CallRun, Calls
 from oncewise.service.fleet import Fleet
+from oncewise.service.heartbeats import Heartbeats
 from oncewise.service.remote_turns import RemoteTurn, RemoteTurns, turn_name
 from oncewise.service.turn_outcomes import (
     RESET,
@@ -431,23 +433,27 @@ class TurnRun:
         """Keep the lease; fence ourselves when it is lost or cannot be kept."""
         rules, loop = self._desk.rules, asyncio.get_running_loop()
         safe_s = rules.lease_s - min(1.0, rules.lease_s / 10)
-        kept_s = self._leased_s
+        kept_s, pause_s = self._leased_s, rules.lease_s / 3
         alive = True
         while alive:
-            await asyncio.sleep(min(rules.lease_s / 3, max(0.0, kept_s + safe_s - loop.time())))
-            text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
+            await asyncio.sleep(min(pause_s, max(0.0, kept_s + safe_s - loop.time())))
             asked_s = loop.time()
             try:
                 # Not longer: a database that says nothing does not keep the lease either.
                 async with asyncio.timeout_at(kept_s + safe_s):
-                    alive = await self._desk.ledger.beat(claim, lease_s=rules.lease_s, partial=text, partial_seq=seq)
+                    alive = await self._desk.heartbeats.beat(self._so_far(claim))
             except TimeoutError:
                 alive = False
             except (StorageUnavailable, StorageFull):
                 alive = loop.time() - kept_s < safe_s
+                pause_s = rules.lease_s / 10
             else:
-                kept_s = asked_s
+                kept_s, pause_s = asked_s, rules.lease_s / 3
         self._fence()
+
+    def _so_far(self, claim: TurnClaim) -> Heartbeat:
+        text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
+        return Heartbeat(claim, text, seq)
 
     def _fence(self) -> None:
         # Once, and not while the end is being written: a cancel there would leave it untold.
@@ -564,10 +570,9 @@ class TurnRun:
 
     async def _hand_back(self, claim: TurnClaim) -> None:
         """Let another process take the turn at once, and viewers resume there."""
-        text, seq = (self.log.text, self.log.deltas) if self.log is not None else ("", 0)
         with suppress(StorageUnavailable, StorageFull):
             # What was shown since the last beat would be lost.
-            await self._desk.ledger.beat(claim, lease_s=self._desk.rules.lease_s, partial=text, partial_seq=seq)
+            await self._desk.heartbeats.beat(self._so_far(claim))
             await self._desk.ledger.release(claim)
 
     async def _settle(self, claim: TurnClaim) -> TurnResult:
@@ -747,6 +752,7 @@ class Turns:
         self.owner = owner
         self.rules = rules
         self.closing = False
+        self.heartbeats = Heartbeats(ledger, lease_s=rules.lease_s)
         self.fleet = fleet or Fleet(b"")
         self.remotes = RemoteTurns(ledger=ledger, hub=hub, fleet=self.fleet, ended=self._open_gates)
         self.fleet.answer("withdraw", self._withdraw)
@@ -941,6 +947,7 @@ class Turns:
         self.closing = True
         await self.flights.aclose(drain_s)
         await self.remotes.aclose()
+        await self.heartbeats.aclose()
 
     # -- for runs ------------------------------------------------------------------------------------------------
 
