@@ -44,7 +44,8 @@ from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
 from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
-from oncewise.service.turns import TurnRules, Turns
+from oncewise.service.turn_runs import TurnRules
+from oncewise.service.turns import Turns
 from oncewise.settings import ProviderSettings, Settings
 from oncewise.storage.database import Database
 from oncewise.storage.deployment import deployment_secret
@@ -131,7 +132,7 @@ class Services:
     def drain(self) -> None:
         """Take no new work on from now."""
         self.draining = True
-        self.turns.closing = True
+        self.turns.runs.closing = True
         self.completions.drain()
 
     async def finish(self, drain_s: float) -> None:

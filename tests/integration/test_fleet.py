@@ -582,7 +582,7 @@ async def test_turns_of_two_workers_run_in_the_order_they_came(pair):
         desk = (pair.lead, pair.other)[number % 2]
         tasks.append(asyncio.create_task(ask_as(desk, thread, str(number), content=f"q{number}")))
         async with asyncio.timeout(5):
-            while not (tasks[-1].done() or len(desk.turns._runs) > number // 2):
+            while not (tasks[-1].done() or len(desk.turns.runs.led) > number // 2):
                 await asyncio.sleep(0.002)
     await pair.provider.started.wait()
     began_s = asyncio.get_running_loop().time()

@@ -5,15 +5,16 @@ next one. So a few turns wait for nobody, and for many the database is asked no 
 transaction for each beat a busy worker fell behind the leases of six hundred turns and gave them all up, though nothing
 was wrong but the number of its transactions.
 
-Deliberately absent: when to beat, and what follows from a lease that is lost (`oncewise.service.turns`).
+Deliberately absent: what follows from a lease that is lost (`oncewise.service.turn_runs`).
 """
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 
-from oncewise.errors import OncewiseError, StorageUnavailable
-from oncewise.model import Heartbeat
+from oncewise.errors import OncewiseError, StorageFull, StorageUnavailable
+from oncewise.model import Heartbeat, TurnClaim
 from oncewise.ports import TurnLedger
 
 __all__ = ["Heartbeats"]
@@ -38,6 +39,33 @@ class Heartbeats:
         self._lease_s = lease_s
         self._waiting: list[_Asked] = []
         self._task: asyncio.Task[None] | None = None
+
+    async def keep(self, claim: TurnClaim, leased_s: float, so_far: Callable[[], tuple[str, int]]) -> None:
+        """Keep a lease; return when it is lost or, a little before its end, cannot be kept.
+
+        Args:
+            claim: The claim that the lease belongs to.
+            leased_s: When it was asked for, by the event loop's clock.
+            so_far: The text, and how many deltas it came in.
+        """
+        loop = asyncio.get_running_loop()
+        safe_s = self._lease_s - min(1.0, self._lease_s / 10)
+        kept_s, pause_s = leased_s, self._lease_s / 3
+        alive = True
+        while alive:
+            await asyncio.sleep(min(pause_s, max(0.0, kept_s + safe_s - loop.time())))
+            asked_s = loop.time()
+            try:
+                # Not longer: a database that says nothing does not keep the lease either.
+                async with asyncio.timeout_at(kept_s + safe_s):
+                    alive = await self.beat(Heartbeat(claim, *so_far()))
+            except TimeoutError:
+                alive = False
+            except (StorageUnavailable, StorageFull):
+                alive = loop.time() - kept_s < safe_s
+                pause_s = self._lease_s / 10
+            else:
+                kept_s, pause_s = asked_s, self._lease_s / 3
 
     async def beat(self, beat: Heartbeat) -> bool:
         """Extend a lease and store the text so far; False if the claim is fenced.
