@@ -41,6 +41,7 @@ __all__ = [
     "Completion",
     "Coordination",
     "CoordinationChanged",
+    "CoordinationLate",
     "Follow",
     "KeyStore",
     "Lead",
@@ -640,6 +641,11 @@ class CoordinationChanged:
 
     up: bool
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationLate:
+    """What lies between the workers takes longer than it should, and may prove to be away; an event for listeners."""
 
 
 class Coordination(Protocol):
