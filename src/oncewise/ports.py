@@ -42,6 +42,7 @@ __all__ = [
     "Completion",
     "Coordination",
     "CoordinationChanged",
+    "CoordinationLate",
     "Follow",
     "KeyStore",
     "Lead",
@@ -645,6 +646,11 @@ class CoordinationChanged:
 
     up: bool
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationLate:
+    """What lies between the workers takes longer than it should, and may prove to be away; an event for listeners."""
 
 
 class Coordination(Protocol):
