@@ -38,9 +38,14 @@ LATE_S = 0.1
 
 
 class Script:
-    """A Lua script of this package, by the name of its file."""
+    """A Lua script of this package, by the name of its file.
+
+    Attributes:
+        name: Of the file, without its ending.
+    """
 
     def __init__(self, name: str) -> None:
+        self.name = name
         self.text = (files(__package__) / "lua" / f"{name}.lua").read_text(encoding="utf-8")
         self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 

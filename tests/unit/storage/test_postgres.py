@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
@@ -129,6 +130,23 @@ async def test_a_schema_behind_or_ahead_is_refused(revision: str, sentence: str)
 
         with pytest.raises(SchemaMismatch, match=sentence):
             await open_postgres(url, owner="o")
+
+
+async def test_a_server_that_is_too_old_is_refused_before_its_schema_is_made():
+    """By its number, whoever asks; `db upgrade` would be in vain."""
+    async with empty_database() as url, failing_network(shared_server().port) as network:
+        connection = await asyncpg.connect(url)
+        version = (await connection.fetchval("SHOW server_version_num")).encode()
+        await connection.close()
+        network.altered = {version: b"140012"}
+        old = through(url, network.port)
+
+        for attempt in (open_postgres(old, owner="o"), upgrade_postgres(old), current_postgres(old)):
+            with pytest.raises(StorageUnavailable, match="15 or newer is needed; this is version 14"):
+                await attempt
+        assert await current_postgres(url) is None
+        network.altered = {version: b"150000"}
+        assert await upgrade_postgres(old)
 
 
 async def test_upgrading_a_newer_database_changes_nothing():
