@@ -269,7 +269,7 @@ async def _wire(
         hub,
         prometheus,
         names,
-        (*await database.hazards(), *await _coordination_hazards(coordination)),
+        (*await database.hazards(), *await _coordination_hazards(coordination, alone=limits.alone)),
         _database=database,
         _coordination=coordination,
         _opened=opening.pop_all(),
@@ -384,8 +384,16 @@ async def _coordination(
     return coordination
 
 
-async def _coordination_hazards(coordination: Coordination | None) -> tuple[str, ...]:
-    wrong = None if coordination is None else await coordination.check()
+_ROWS_ONLY = (
+    "Other processes use this database, and no Redis is set: they see each other's text and cancels up to a second "
+    "late, and share no calls of /v1."
+)
+
+
+async def _coordination_hazards(coordination: Coordination | None, *, alone: bool) -> tuple[str, ...]:
+    if coordination is None:
+        return () if alone else (_ROWS_ONLY,)
+    wrong = await coordination.check()
     return () if wrong is None else (f"{wrong} Requests are served without it meanwhile.",)
 
 

@@ -353,7 +353,7 @@ def load_settings(
     Raises:
         BadSetting: the first value that cannot be used, or a file that cannot be read.
     """
-    environ = os.environ if environ is None else environ
+    environ, linked = _without_links(os.environ if environ is None else environ)
     from_flags: dict[SettingPath, Any] = {(name,): value for name, value in (flags or {}).items() if value is not None}
     written, hints = _read_file(config_file, environ) if config_file else ({}, ())
     from_file = dict(_flatten(written))
@@ -366,7 +366,7 @@ def load_settings(
         settings = Settings(**_nest(ChainMap(from_flags, dict[SettingPath, Any](from_environment), from_file)))
     except ValidationError as error:
         raise BadSetting(_sentence(error, origins)) from None
-    return Loaded(settings, origins, (*hints, *_strangers(environ)))
+    return Loaded(settings, origins, (*hints, *linked, *_strangers(environ)))
 
 
 def variable_of(path: SettingPath) -> str:
@@ -441,6 +441,23 @@ def _flatten(values: Mapping[str, Any], at: SettingPath = ()) -> Iterator[tuple[
             yield from _flatten(value, (*at, name))
         else:
             yield (*at, name), value
+
+
+_LINK = re.compile(rf"{ENVIRONMENT_PREFIX}(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+_LINKED = (
+    "a Kubernetes service named oncewise has put variables like ONCEWISE_PORT=tcp://... here; they are ignored, and "
+    "enableServiceLinks: false leaves them out of the pod."
+)
+
+
+def _without_links(environ: Mapping[str, str]) -> tuple[Mapping[str, str], tuple[str, ...]]:
+    """The environment without what Kubernetes puts into each pod beside a service of our name, and a word about it.
+
+    `ONCEWISE_PORT=tcp://10.0.0.1:80` is the one that collides with a setting; no value of that looks so.
+    """
+    if not environ.get(f"{ENVIRONMENT_PREFIX}PORT", "").startswith(("tcp://", "udp://", "sctp://")):
+        return environ, ()
+    return {name: value for name, value in environ.items() if not _LINK.fullmatch(name)}, (_LINKED,)
 
 
 def _read_environment(environ: Mapping[str, str], providers: list[str]) -> dict[SettingPath, str]:

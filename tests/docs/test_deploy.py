@@ -130,6 +130,22 @@ def test_composed_servers_wait_for_what_they_need_and_are_given_time_to_end() ->
     assert grace_s > Settings.model_fields["drain_s"].default + GRACE_S
 
 
+def test_a_composed_server_has_every_setting_of_the_file_but_its_own_place() -> None:
+    """A key for Gemini, say, reaches it; the port in the file is the one outside."""
+    for name in ("server-1", "setup"):
+        service = COMPOSE["services"][name]
+        assert service["env_file"] == [{"path": ".env", "required": False}]
+        given = service["environment"]
+        assert (given["ONCEWISE_HOST"], given["ONCEWISE_PORT"]) == ("0.0.0.0", 8000)
+        assert {"ONCEWISE_DATABASE_URL", "ONCEWISE_REDIS_URL"} <= given.keys()
+
+
+def test_the_schema_is_not_made_while_postgres_makes_its_database() -> None:
+    """Its image starts a server on a socket alone for that, which a look at the socket would take for ready."""
+    test = COMPOSE["services"]["postgres"]["healthcheck"]["test"]
+    assert test[test.index("--host") + 1] == "127.0.0.1"
+
+
 def test_composed_servers_may_do_no_more_than_they_must() -> None:
     """A root file system that is read only, no capabilities; no password in the file."""
     for name in ("server-1", "setup"):
@@ -216,6 +232,9 @@ def test_a_pod_is_restricted(kind: str) -> None:
     pod = found[kind]["spec"]["template"]["spec"]
     assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert pod["automountServiceAccountToken"] is False
+    # A service of this name gives each pod of its namespace an ONCEWISE_PORT that is no number.
+    assert found["Service"]["metadata"]["name"] == "oncewise"
+    assert pod["enableServiceLinks"] is False
     for container in (*pod.get("initContainers", ()), *pod["containers"]):
         security = container["securityContext"]
         assert security["allowPrivilegeEscalation"] is False

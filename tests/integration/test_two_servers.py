@@ -98,6 +98,14 @@ async def test_json_and_streams_on_both_share_one_call(pair, fake):
             assert terminal(events).data["state"] == "completed"
 
 
+async def test_what_an_operator_should_know_is_said_at_the_start(pair):
+    """A PostgreSQL that may forget by both, before the banner; that there is no Redis between them by the second."""
+    for server, redis in zip(pair, (False, True), strict=True):
+        said = "".join(line for line in server.lines if line.startswith("WARNING"))
+        assert "PostgreSQL runs with fsync = off" in said
+        assert ("no Redis is set" in said) == redis
+
+
 async def test_different_messages_on_both_run_one_after_the_other(pair, fake):
     """The thread's turn queue is in the database: roles alternate, each prompt holds the turns before it."""
     thread = await pair[0].thread()

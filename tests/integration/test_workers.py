@@ -174,8 +174,10 @@ async def test_fifty_identical_requests_over_several_workers_are_one_call_and_on
 
 
 async def test_separate_servers_on_one_database_coalesce_as_well(fake: FakeProvider, tmp_path: Path) -> None:
-    """Two programs that know nothing of each other; the row decides."""
+    """Two programs that know nothing of each other; the row decides. The second one says that this is degraded."""
     async with serve_process(tmp_path, fake.base_url) as one, serve_process(tmp_path, fake.base_url) as other:
+        assert not any("no Redis is set" in line for line in one.lines)
+        assert any(line.startswith("WARNING: Other processes use this database, and no Redis") for line in other.lines)
         await headline([one, other], fake)
 
 

@@ -184,6 +184,24 @@ def test_a_variable_that_is_nearly_a_setting_is_reported() -> None:
     assert "did you mean ONCEWISE_REPLAY_WINDOW_S?" in warning
 
 
+def test_what_kubernetes_puts_beside_a_service_of_our_name_is_no_setting() -> None:
+    """Otherwise every pod of the namespace would end with a port that is no number."""
+    links = {
+        "ONCEWISE_PORT": "tcp://10.96.3.4:80",
+        "ONCEWISE_PORT_80_TCP": "tcp://10.96.3.4:80",
+        "ONCEWISE_PORT_80_TCP_ADDR": "10.96.3.4",
+        "ONCEWISE_SERVICE_HOST": "10.96.3.4",
+        "ONCEWISE_SERVICE_PORT": "80",
+        "ONCEWISE_SERVICE_PORT_HTTP": "80",
+    }
+    loaded = load_settings(environ={**links, "ONCEWISE_WORKERS": "2"})
+    assert (loaded.settings.port, loaded.settings.workers) == (8000, 2)
+    (warning,) = loaded.warnings
+    assert "enableServiceLinks" in warning
+    with pytest.raises(BadSetting):
+        load_settings(environ={"ONCEWISE_PORT": "10.96.3.4:80"})
+
+
 @pytest.mark.parametrize("base_url", ["http://localhost:1/v1", "http://127.9.0.1/v1", "http://[::1]:1/v1", "https://h"])
 def test_plain_http_is_allowed_to_this_machine_only(base_url: str) -> None:
     """Every spelling of loopback is allowed."""

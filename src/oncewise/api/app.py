@@ -43,8 +43,18 @@ Raw = Callable[[Exchange], Awaitable[None]]
 
 
 def create_app(settings: Settings) -> "App":
-    """The application for these settings; its services are opened and closed by the ASGI lifespan."""
-    return App(lambda: open_services(settings, SseEncoder()))
+    """The application for these settings; its services are opened and closed by the ASGI lifespan.
+
+    What an operator should know about them is logged then.
+    """
+
+    async def open_all() -> Services:
+        services = await open_services(settings, SseEncoder())
+        for warning in services.warnings:
+            logger.warning("%s", warning)
+        return services
+
+    return App(open_all)
 
 
 class App:

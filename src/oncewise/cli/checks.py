@@ -33,6 +33,7 @@ from oncewise.settings import Loaded, ProviderSettings, Settings, is_loopback, v
 from oncewise.storage import engines, schema
 from oncewise.storage.database import Database, database_time_s
 from oncewise.storage.keys import SqlKeyStore
+from oncewise.storage.tables import metadata
 
 __all__ = ["Finding", "State", "address", "database", "demo", "limits", "program", "provider", "redis", "workers"]
 
@@ -205,6 +206,11 @@ async def _opened(opened: Database, settings: Settings) -> AsyncIterator[Finding
     name = "PostgreSQL" if opened.dialect_name == "postgresql" else "SQLite"
     found = await opened.read(lambda conn: conn.execute(sa.text(version)).scalar_one())
     yield Finding("database", State.OK, f"{name} {found}")
+    if opened.dialect_name == "postgresql":
+        missing = await opened.read(lambda conn: conn.execute(_MISSING_RIGHTS).scalars().all())
+        if missing:
+            yield _missing(missing)
+            return
 
     def write(conn: sa.Connection) -> None:
         conn.execute(sa.text("UPDATE alembic_version SET version_num = version_num")).close()
@@ -218,6 +224,24 @@ async def _opened(opened: Database, settings: Settings) -> AsyncIterator[Finding
         yield _room(settings, row.usable, row.used)
     for hazard in await opened.hazards():
         yield Finding("database", State.NOTE, hazard, "set it to on in postgresql.conf, and reload PostgreSQL")
+
+
+# A table that an upgrade made belongs to whoever upgraded, and to nobody else who was not told of.
+_MISSING_RIGHTS = sa.text(
+    """\
+SELECT kind || ' on ' || relname
+FROM pg_class CROSS JOIN (VALUES ('SELECT'), ('INSERT'), ('UPDATE'), ('DELETE')) AS rights(kind)
+WHERE relnamespace = CAST(current_schema() AS regnamespace) AND relname IN :tables
+  AND NOT has_table_privilege(pg_class.oid, kind)
+ORDER BY relname, kind"""
+).bindparams(sa.bindparam("tables", value=sorted(metadata.tables), expanding=True))
+
+
+def _missing(rights: Sequence[str]) -> Finding:
+    """Rights on tables that the role of the URL lacks."""
+    more = f" and {len(rights) - 1} more" if len(rights) > 1 else ""
+    mend = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO the role, after each db upgrade"
+    return Finding("database", State.WRONG, f"its role has no right to {rights[0]}{more}", mend)
 
 
 _CONNECTIONS = sa.text(

@@ -1,6 +1,6 @@
 """`oncewise serve --workers N`: what the workers share, the port they share it on, and who keeps them.
 
-This is the supervisor's process. It opens no storage and imports no framework: 25 MiB beside workers of 56.
+This is the supervisor's process. It opens no storage and imports no framework: 25 MiB beside workers of 60 to 75.
 
 Deliberately absent: keeping processes running (`oncewise.cli.supervisor`), and what one does (`oncewise.cli.worker`).
 """

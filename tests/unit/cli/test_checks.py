@@ -17,10 +17,11 @@ from oncewise.cli.checks import Finding, State
 from oncewise.coordination.redis import rehearsal
 from oncewise.settings import ProviderSettings, Settings, load_settings
 from oncewise.storage import schema
+from oncewise.storage.postgres import upgrade_postgres
 from oncewise.storage.sqlite import open_sqlite
 from tests.support.commands import ROOT, oncewise
 from tests.support.fake_provider import FakeProvider
-from tests.support.postgres import empty_database, fresh_database
+from tests.support.postgres import empty_database, fresh_database, shared_server
 from tests.support.redis_server import RedisServer
 
 
@@ -201,6 +202,26 @@ async def test_a_postgres_with_too_few_connections_is_told_before_a_server_meets
             assert bool(finding.mend) == (state is not State.OK)
         pooled = Settings(database_url=url, database_transaction_pooling=True)
         assert "connections" not in said(await found(checks.database(pooled)))
+
+
+async def test_a_role_that_may_not_use_a_table_is_told_which() -> None:
+    """One that was made by an upgrade of another role, say; a row of another table can be written all the same."""
+    role = "half"
+    async with empty_database() as url:
+        await upgrade_postgres(url)
+        name = url.rpartition("/")[2].partition("?")[0]
+        rights = "SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public"
+        for statement in (f"CREATE ROLE {role} LOGIN", f"GRANT {rights} TO {role}"):
+            await shared_server().execute(statement, name)
+        theirs = Settings(database_url=url.replace("postgres@", f"{role}@"))
+        try:
+            assert wrong(await found(checks.database(theirs))) == []
+            await shared_server().execute(f"REVOKE DELETE, INSERT ON turns FROM {role}", name)
+            (finding,) = wrong(await found(checks.database(theirs)))
+        finally:
+            await shared_server().execute(f"DROP OWNED BY {role}; DROP ROLE {role}", name)
+    assert finding.said == "its role has no right to DELETE on turns and 1 more"
+    assert finding.mend.startswith("GRANT ")
 
 
 async def test_a_postgres_that_may_forget_is_a_note_with_what_mends_it() -> None:
