@@ -388,6 +388,39 @@ async def test_a_second_signal_skips_the_wait_but_not_the_hand_back(fake: FakePr
         assert "done" not in [event.name for event in events]
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_terminal_that_is_closed_is_told_once_to_drain(
+    workers: int, fake: FakeProvider, tmp_path: Path
+) -> None:
+    """The kernel says so, and the shell; no turn is lost by it, and it is not the second signal that hurries."""
+    async with serve_process(tmp_path, fake.base_url, workers=workers, drain_s=20) as server:
+        thread = await server.thread()
+        said = {"content": "Hello", "model": "n40-gap25"}
+        async with watching(server, f"/api/threads/{thread}/messages/stream", said) as stream:
+            await stream.until("delta")
+            for _ in range(2):
+                server.signal(signal.SIGHUP)
+                await asyncio.sleep(0.05)
+            assert terminal(await stream.rest()).name == "done"
+        assert await server.exited(10) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_under_nohup_a_closed_terminal_changes_nothing(workers: int, fake: FakeProvider, tmp_path: Path) -> None:
+    """It is ignored from the start on, also by the workers."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with serve_process(tmp_path, fake.base_url, workers=workers) as server:
+            for process in (psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children()):
+                process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.3)
+            assert (await server.ask("GET", "/health/readiness", headers=())).status == 200
+            server.signal(signal.SIGTERM)
+            assert await server.exited(10) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 async def test_a_whole_service_may_be_signalled_at_once(fake: FakeProvider, tmp_path: Path) -> None:
     """A process manager sends one signal to every process; it is one signal, and turns still end in peace."""
     async with serve_workers(tmp_path, fake, drain_s=20) as fleet:
@@ -557,3 +590,10 @@ async def test_their_own_valkey_is_private_bounded_and_replaced_when_it_dies(
         assert await fleet.server.exited(10) == 0
         assert not folder.exists()
     assert any("the Valkey server of the workers ended" in line for line in fleet.server.lines)
+
+
+async def test_what_a_worker_says_on_the_terminal_begins_with_its_number(fake: FakeProvider, tmp_path: Path) -> None:
+    """All share one; that Redis is away, say, is not the same news from one of them as from all."""
+    async with serve_process(tmp_path, fake.base_url, workers=2, redis_url="redis://127.0.0.1:1/0") as server:
+        said = {line.partition(" (")[0] for line in server.lines if line.startswith("WARNING")}
+        assert said == {f"WARNING: worker {number}: Redis does not answer" for number in (1, 2)}

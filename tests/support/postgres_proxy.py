@@ -26,6 +26,7 @@ class FailingNetwork:
     Attributes:
         cuts: What happens to the next COMMITs, one after the other.
         silent: Whether nothing arrives any more, though every connection stays open.
+        altered: What arrives in place of other bytes of the server, of the same length.
         opened: Connections that were made through it.
     """
 
@@ -33,6 +34,7 @@ class FailingNetwork:
     port: int = 0
     cuts: list[Cut] = field(default_factory=list)
     silent: bool = False
+    altered: dict[bytes, bytes] = field(default_factory=dict)
     opened: int = 0
     _swallowed: asyncio.Event | None = None
 
@@ -65,6 +67,8 @@ class FailingNetwork:
     async def _to_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             await self._while_silent()
+            for said, heard in self.altered.items():
+                data = data.replace(said, heard)
             if self._swallowed is None:
                 writer.write(data)
             else:

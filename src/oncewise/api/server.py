@@ -11,8 +11,10 @@ Deliberately absent: routes. `oncewise.asgi:app` gives the same answers under an
 import asyncio
 import contextlib
 import gc
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from types import FrameType
 from typing import Any, cast
@@ -308,7 +310,8 @@ class Server(uvicorn.Server):
     """Serves the application until a signal, then lets running turns end.
 
     The first signal starts the drain: readiness answers 503, new turns are refused, running ones go on for at most
-    `drain_s` seconds. The second skips the wait, not the release of what is left. The third ends the process.
+    `drain_s` seconds. The second skips the wait, not the release of what is left. The third ends the process. That its
+    terminal is gone (SIGHUP) counts once, as the first one: the shell says it as well as the kernel.
     """
 
     def __init__(self, app: App, *, drain_s: float) -> None:
@@ -349,6 +352,24 @@ class Server(uvicorn.Server):
         server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
         self.servers.append(server)
         return server
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take signals while this runs. A hang-up is taken too, unless it is ignored, as under `nohup`."""
+        with super().capture_signals():
+            before = signal.getsignal(signal.SIGHUP)
+            if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+                yield
+                return
+            signal.signal(signal.SIGHUP, self._hang_up)
+            try:
+                yield
+            finally:
+                signal.signal(signal.SIGHUP, before)
+
+    def _hang_up(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self.handle_exit(sig, frame)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002  the signature of a handler
         """Take a signal. It is not raised again at the end: a drained server has done what it was asked."""

@@ -1,7 +1,7 @@
 """What `oncewise doctor` looks at, one function for each thing: what was found, and how to mend it.
 
-Nothing is changed, made or paid for: a database that is not there is not made, one row is written as it was, one key of
-Redis lives for the blink of an eye, a provider is asked for its list of models.
+Nothing is changed, made or paid for: a database that is not there is not made, one row is written as it was, a few keys
+of Redis live for the blink of an eye, a provider is asked for its list of models.
 
 Deliberately absent: order, printing and the verdict (`oncewise.cli.doctor`).
 """
@@ -11,7 +11,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -171,7 +171,7 @@ async def database(settings: Settings) -> AsyncIterator[Finding]:
     try:
         revision = await engines.revision(settings)
     except OncewiseError as error:
-        yield Finding("database", State.WRONG, error.detail, "check ONCEWISE_DATABASE_URL, and that it runs")
+        yield Finding("database", State.WRONG, error.detail, "check ONCEWISE_DATABASE_URL, and the server behind it")
         return
     if revision != schema.HEAD:
         yield _behind(settings, revision)
@@ -305,28 +305,47 @@ async def redis(settings: Settings) -> AsyncIterator[Finding]:
         return
     from oncewise.coordination.wire import BadAddress, Wire, WireFailed
 
-    mend = "check ONCEWISE_REDIS_URL, and that it runs"
     try:
         wire = Wire(settings.redis_url, name="oncewise-doctor")
     except BadAddress:
-        yield Finding("redis", State.WRONG, "the URL cannot be used", mend)
+        yield Finding("redis", State.WRONG, "the URL cannot be used", "check ONCEWISE_REDIS_URL")
         return
     try:
         async with asyncio.timeout(PATIENCE_S):
             async for finding in _asked(wire):
                 yield finding
     except (WireFailed, TimeoutError) as error:
-        yield Finding("redis", State.WRONG, f"it does not answer ({str(error) or 'timeout'})", mend)
+        yield _unreachable(str(error) or "timeout", tls=settings.redis_url.startswith("rediss:"))
     finally:
         await wire.close()
 
 
+_RIGHTS = "a server with scripts, and a user with the rights that docs/reference/redis.md lists"
+
+
+def _unreachable(reason: str, *, tls: bool) -> Finding:
+    """Why no command was answered, by the first word of the server or the driver's error."""
+    said, mend = f"it does not answer ({reason})", "check host and port in ONCEWISE_REDIS_URL, and that it runs"
+    if reason in {"WRONGPASS", "NOAUTH", "AuthenticationError", "AuthenticationWrongNumberOfArgsError"}:
+        said = f"it refuses the user or the password ({reason})"
+        mend = "check both in ONCEWISE_REDIS_URL; in a URL, / and @ of a password are written %2F and %40"
+    elif reason == "NOPERM":
+        said, mend = f"it refuses this user's first command ({reason})", _RIGHTS
+    elif reason == "ERR":
+        mend = "check the number of the database at the end of ONCEWISE_REDIS_URL"
+    elif tls:
+        mend += "; if it speaks no TLS, redis:// for rediss://; if its certificate is your own, add ?ssl_ca_certs=FILE"
+    elif reason in {"ConnectionError", "InvalidResponse"}:
+        mend += "; if it speaks TLS, rediss:// for redis://"
+    return Finding("redis", State.WRONG, said, mend)
+
+
 async def _asked(wire: Any) -> AsyncIterator[Finding]:
-    from oncewise.coordination.redis import FLOOR
+    from oncewise.coordination.redis import FLOOR, rehearsal
     from oncewise.coordination.wire import Refused
 
     key = f"oncewise:doctor:{uuid7()}"
-    info, script, clock = await wire.ask([("INFO",), ("EVAL", "return 1", 0), ("TIME",)])
+    info, clock = await wire.ask([("INFO",), ("TIME",)])
     began_s = time.time()
     if isinstance(info, Refused):
         yield Finding("redis", State.NOTE, f"it does not say what it is ({info.code})")
@@ -335,28 +354,45 @@ async def _asked(wire: Any) -> AsyncIterator[Finding]:
         facts = dict(line.split(":", 1) for line in info.decode().splitlines() if ":" in line)
     for finding in _versions(facts, FLOOR):
         yield finding
-    if isinstance(script, Refused):
-        yield Finding("redis", State.WRONG, f"it runs no Lua scripts ({script.code})", "allow EVAL and EVALSHA")
+    names, commands = zip(*rehearsal(key), strict=True)
+    replies = await wire.ask(commands)
+    codes = {
+        name: reply.code
+        for name, reply in zip(names, replies, strict=True)
+        if isinstance(reply, Refused) and reply.code != "NOSCRIPT"
+    }
+    if codes:
+        yield _refused(codes, names)
+        return
 
     async def stream() -> list[Any]:
-        commands = [("XADD", key, "1-1", "d", "x"), ("XRANGE", key, "-", "+"), ("DEL", key)]
-        replies: list[Any] = await wire.ask(commands)
-        return replies
+        told: list[Any] = await wire.ask([("XADD", key, "1-1", "d", "x"), ("XREAD", "STREAMS", key, "0"), ("DEL", key)])
+        return told
 
-    refused = [reply for reply in await stream() if isinstance(reply, Refused)]
-    if refused:
-        mend = "allow streams to this user, and writes to this server"
-        yield Finding("redis", State.WRONG, f"it takes no streams ({refused[0].code})", mend)
-        return
-    yield _streamed(await _timed(stream))
+    yield _streamed(await _timed(stream), len(names))
     if not isinstance(clock, Refused):
         yield _skew("redis", int(clock[0]) + int(clock[1]) / 1e6, began_s)
 
 
-def _streamed(seconds: float) -> Finding:
+def _refused(codes: dict[str, str], asked: Sequence[str]) -> Finding:
+    """What a server or its rules do not let this user do."""
+    scripts = {name for name in asked if name.endswith(".lua")}
+    if scripts <= codes.keys():
+        said = f"it runs no Lua scripts ({codes[min(scripts)]})"
+    else:
+        said = f"it refuses {', '.join(f'{name} ({code})' for name, code in codes.items())}"
+    if "READONLY" in codes.values():
+        return Finding("redis", State.WRONG, said, "the address of the primary: this is a replica")
+    if {"OOM", "MISCONF"} & set(codes.values()):
+        return Finding("redis", State.WRONG, said, "make room in its memory or on its disk; see INFO and its log")
+    return Finding("redis", State.WRONG, said, _RIGHTS)
+
+
+def _streamed(seconds: float, asked: int) -> Finding:
     slow = seconds > SLOW_REDIS_S
     mend = "a Redis that is nearer; each 25 ms of text waits for it" if slow else ""
-    return Finding("redis", State.NOTE if slow else State.OK, f"scripts and streams work, in {_ms(seconds)}", mend)
+    said = f"all {asked} commands and scripts work; streams take {_ms(seconds)}"
+    return Finding("redis", State.NOTE if slow else State.OK, said, mend)
 
 
 def _versions(facts: dict[str, str], floor: tuple[int, int]) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from oncewise.settings import Loaded, Settings, shown_url
 
 __all__ = [
     "CannotStart",
+    "LogLine",
     "address_url",
     "banner",
     "create_thread_command",
@@ -48,9 +49,40 @@ def no_key(loaded: Loaded) -> str:
     return _NO_KEY.format(host=loaded.settings.host, database=database)
 
 
-def log_to_terminal() -> None:
-    """Send warnings of libraries to the terminal, one line each; the start-up error of the services comes so too."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+def log_to_terminal(worker: int | None = None) -> None:
+    """Send warnings of all modules to the terminal, one line each; the start-up error of the services comes so too.
+
+    Args:
+        worker: The number of this process, if it is one of several that share the terminal.
+    """
+    lines = logging.StreamHandler()
+    lines.setFormatter(LogLine(worker))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
+
+
+class LogLine(logging.Formatter):
+    """A line for people: the level, which worker says it, what happened, and the fields that came with it.
+
+    Args:
+        worker: See `log_to_terminal`.
+    """
+
+    def __init__(self, worker: int | None = None) -> None:
+        super().__init__("%(levelname)s: " + (f"worker {worker}: " if worker is not None else "") + "%(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  the library's name
+        fields = (f"{name}={_word(value)}" for name, value in vars(record).items() if name not in _NO_FIELDS)
+        return " ".join((super().formatMessage(record), *fields))
+
+
+# The last one is uvicorn's, the message again.
+_NO_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+
+
+def _word(value: object) -> str:
+    """A value as one word on the line; what a client named, a model say, begins no line of its own."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else ascii(text)
 
 
 def take_port(host: str, port: int) -> SocketGroup:

@@ -163,8 +163,12 @@ class Supervisor:
 
     def hear_signals(self) -> None:
         """From now on signals end the workers in order, and not this process at once."""
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._hear)
+            loop.add_signal_handler(number, self._hear)
+        # Under nohup it is to be ignored. It may come twice, from the kernel and from the shell: that is no hurry.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, self.stop)
 
     async def run(self, once_complete: Callable[[Sequence[Message]], Coroutine[Any, Any, bool]]) -> None:
         """Keep the workers running; return when all have ended after a signal.

@@ -174,7 +174,7 @@ def main() -> None:
     leash = Leash(_inherited(int(sys.argv[1])))
     brief = leash.brief
     settings = Settings.model_validate(brief["settings"])
-    log_to_terminal()
+    log_to_terminal(brief["slot"] + 1)
     groups = [[_inherited(fd) for fd in group] for group in brief["groups"]]
     try:
         if not is_loopback(settings.host) and not any_key(settings):

@@ -6,10 +6,13 @@ Deliberately absent: keeping processes running (`oncewise.cli.supervisor`), and 
 """
 
 import asyncio
+import fcntl
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -23,7 +26,7 @@ from oncewise.cli.start_up import address_url, banner, log_to_terminal, no_key, 
 from oncewise.cli.supervisor import Supervisor
 from oncewise.settings import Loaded, Settings
 
-__all__ = ["run", "run_workers", "settings_for_workers", "shared_server"]
+__all__ = ["private_folder", "run", "run_workers", "settings_for_workers", "shared_server"]
 
 COMMAND = (sys.executable, "-m", "oncewise.cli.worker")
 
@@ -84,7 +87,7 @@ def run_workers(loaded: Loaded, groups: list[SocketGroup], valkey: Path | None, 
 async def _run(loaded: Loaded, groups: list[SocketGroup], valkey: Path | None, once_complete: OnceComplete) -> None:
     settings = loaded.settings
     async with AsyncExitStack() as opened:
-        folder = opened.enter_context(_private_folder())
+        folder = opened.enter_context(private_folder())
         if valkey is not None:
             server = LocalValkey(valkey, Path(folder))
             settings = settings.model_copy(update={"redis_url": server.url})
@@ -99,11 +102,41 @@ async def _run(loaded: Loaded, groups: list[SocketGroup], valkey: Path | None, o
         await supervisor.run(once_complete)
 
 
-def _private_folder() -> TemporaryDirectory[str]:
-    """For what workers share. Removed at the end; by the workers if the supervisor was killed."""
-    # The path of a socket has little more than 100 bytes.
-    long = len(gettempdir()) > 70
-    return TemporaryDirectory(prefix="oncewise-", dir="/tmp" if long else None, ignore_cleanup_errors=True)  # noqa: S108
+@contextmanager
+def private_folder(place: Path | None = None) -> Iterator[str]:
+    """For what workers share. Removed at the end; by the workers if the supervisor was killed.
+
+    Where all were killed at once, as when their service ran out of memory, the next server removes it: a lock
+    in it, of which the kernel knows when its holder is gone, says whether it is of any use.
+
+    Args:
+        place: Where it is made; where temporary files are, if their paths are short enough.
+    """
+    if place is None:
+        # The path of a socket has little more than 100 bytes.
+        place = Path(gettempdir() if len(gettempdir()) <= 70 else "/tmp")  # noqa: S108
+    _remove_forsaken(place)
+    with TemporaryDirectory(prefix="oncewise-", dir=place, ignore_cleanup_errors=True) as folder:
+        lock = Path(folder) / "lock"
+        with lock.open("x") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            # Only now under its name: a lock that is not yet held must not be found by others.
+            lock.rename(Path(folder) / _LOCK)
+            yield folder
+
+
+_LOCK = "supervisor.lock"
+
+
+def _remove_forsaken(place: Path) -> None:
+    """Remove the folders of this user's servers of which nothing is left."""
+    for lock in place.glob(f"oncewise-*/{_LOCK}"):
+        with suppress(OSError):
+            if lock.parent.lstat().st_uid != os.geteuid() or lock.parent.is_symlink():
+                continue
+            with lock.open() as found:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def settings_for_workers(settings: Settings) -> dict[str, Any]:

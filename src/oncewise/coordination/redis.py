@@ -25,13 +25,13 @@ import orjson
 
 from oncewise.coordination.link import Link, Script
 from oncewise.coordination.reader import EntryId, Fields, Reader
-from oncewise.coordination.wire import BadAddress, Refused, Wire
+from oncewise.coordination.wire import BadAddress, Command, Refused, Wire
 from oncewise.core.errands import Errands
 from oncewise.core.pacing import SECOND_S, Starts
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import Listener, LogEntry, LogTail, Signal
 
-__all__ = ["BadAddress", "RedisCoordination", "open_redis"]
+__all__ = ["BadAddress", "RedisCoordination", "open_redis", "rehearsal"]
 
 ALIVE_S = 15.0
 BEAT_S = 4.0
@@ -197,7 +197,7 @@ class _Limiter:
     async def reserve(self) -> float:
         """See `StartLimiter.reserve`."""
         delay_us, self._booked = await self._link.run(
-            _RESERVE, self._keys, self._spacing_us, self._slack_us, self._window, round(SECOND_S * 1e6)
+            _RESERVE, self._keys, self._spacing_us, self._slack_us, self._window, round(SECOND_S * 1e6), hasty=True
         )
         return float(delay_us) / 1e6
 
@@ -240,7 +240,8 @@ class _Slots:
         while True:
             self.freed.clear()
             keys = (self._desk.key("slots", self.provider), self._desk.key("wait", self.provider))
-            wait_ms = await self._desk.link.run(_TAKE, keys, self._limit, name, _ms(SLOT_S), self._desk.signals.address)
+            address = self._desk.signals.address
+            wait_ms = await self._desk.link.run(_TAKE, keys, self._limit, name, _ms(SLOT_S), address, hasty=True)
             if wait_ms == 0:
                 return
             with suppress(TimeoutError):
@@ -370,6 +371,46 @@ def server_of(info: str) -> tuple[str, str | None]:
     # One that does not say its version is a service's own; it may well do.
     too_old = bool(numbers) and numbers < FLOOR
     return f"Redis {redis}", f"Redis {redis} is too old; 7.0 or newer is needed, or Valkey." if too_old else None
+
+
+def rehearsal(prefix: str) -> list[tuple[str, Command]]:
+    """Everything that a server is asked for, once: its name, and the command. What a user may not do shows in this.
+
+    In this order nothing is left behind. One that is refused may leave keys, for a minute.
+    """
+    log, end, inbox, workers, claim, pace, starts, slots, wait = keys = [
+        f"{prefix}:{kind}" for kind in ("log", "end", "in", "workers", "claim", "pace", "starts", "slots", "wait")
+    ]
+
+    def run(script: Script, on: tuple[str, ...], *args: str | bytes | int) -> tuple[str, Command]:
+        return f"{script.name}.lua", ("EVAL", script.text, len(on), *on, *args)
+
+    return [
+        ("PING", ("PING",)),
+        # Unknown to every server, and refused as such to those who may ask for it.
+        ("EVALSHA", ("EVALSHA", "0" * 40, 0)),
+        run(_APPEND, (log, end), 1, 0, 1, b"", _ms(1.0)),
+        # A higher epoch removes what the lower one wrote.
+        run(_APPEND, (log, end), 2, 0, 1, b"", _ms(1.0)),
+        ("XREAD", ("XREAD", "COUNT", 1, "STREAMS", log, "0-0")),
+        ("XREVRANGE", ("XREVRANGE", log, "+", "-", "COUNT", 1)),
+        run(_POST, (inbox,), b"", 1, _ms(1.0)),
+        run(_ALIVE, (workers,), "here", _ms(1.0)),
+        ("SET", ("SET", claim, "here", "NX", "GET", "PX", _ms(1.0))),
+        run(_EXTEND, (claim,), "here", _ms(1.0)),
+        run(_RELEASE, (claim,), "here"),
+        run(_RESERVE, (pace, starts), 1, 0, 1, 1),
+        run(_UNRESERVE, (pace, starts), b"0", 1),
+        # What the script does with a booking that is still the latest.
+        ("LPOP", ("LPOP", starts)),
+        run(_PAUSE, (pace,), 1, 0),
+        run(_TAKE, (slots, wait), 1, "first", _ms(1.0), "here"),
+        run(_TAKE, (slots, wait), 1, "second", _ms(1.0), "here"),
+        run(_HOLD, (slots,), _ms(1.0), "first"),
+        run(_GIVE, (slots, wait), "first", f"{prefix}:in:", b"", 1, _ms(1.0)),
+        ("ZREM", ("ZREM", workers, "here")),
+        ("DEL", ("DEL", *keys, f"{prefix}:in:here")),
+    ]
 
 
 async def open_redis(

@@ -237,9 +237,10 @@ class RemoteTurn:
         if not self.row.state.final:
             log.sever()
             return
-        if self._desk.fleet.prompt and self._following.heard:
+        if self._following.heard:
             give_up_s = asyncio.get_running_loop().time() + LAST_WORDS_S
-            while not log.closed and asyncio.get_running_loop().time() < give_up_s:
+            # Nothing comes from what is late already, and it may be found to be so while this waits.
+            while not log.closed and self._desk.settled and asyncio.get_running_loop().time() < give_up_s:
                 self._woken.clear()
                 try:
                     async with asyncio.timeout_at(give_up_s):
@@ -324,12 +325,19 @@ class RemoteTurns:
 
     def look_s(self, slow_s: float) -> float:
         """Seconds until a turn's row should be read again; `slow_s` where there was never a quick way."""
+        if self.settled:
+            return PROMPT_POLL_S
         if self.fleet.away or asyncio.get_running_loop().time() < self._settled_s:
             return max(AWAY_POLL_S, len(self._turns) / LOOKS_PER_S)
-        return PROMPT_POLL_S if self.fleet.prompt else slow_s
+        return slow_s
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a quick way that is relied upon."""
+        return self.fleet.prompt and asyncio.get_running_loop().time() >= self._settled_s
 
     def look_again(self) -> None:
-        """The quick way has gone, or come back: look at all turns, and then as often as is right from now on."""
+        """The quick way is late, has gone or came back: look at all turns, and from now on as often as is right."""
         self._settled_s = asyncio.get_running_loop().time() + SETTLE_S
         for remote in self._turns.values():
             remote.look()

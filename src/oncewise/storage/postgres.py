@@ -435,13 +435,18 @@ _UNSAFE_WARNING = "PostgreSQL runs with {} = off: answers that were told can be 
 
 
 def _require_usable(conn: sa.Connection) -> None:
+    _require_server(conn)
+    schema.require_current(conn)
+
+
+def _require_server(conn: sa.Connection) -> None:
+    """Before its schema is looked at: a server that is too old is not to be upgraded first and refused then."""
     show = sa.select(sa.func.current_setting("server_version_num"), sa.func.current_setting("server_encoding"))
     version, encoding = conn.execute(show).one()
     if int(version) < _OLDEST * 10_000:
         raise StorageUnavailable(f"PostgreSQL {_OLDEST} or newer is needed; this is version {int(version) // 10_000}.")
     if encoding != "UTF8":
         raise StorageUnavailable("The PostgreSQL database must have the encoding UTF8.")
-    schema.require_current(conn)
 
 
 # Many networks forget a connection that is idle for some minutes, and tell nobody.
@@ -557,8 +562,13 @@ _UPGRADE_LOCK = 0x6F6E6365
 
 async def current_postgres(url: str, *, transaction_pooling: bool = False) -> str | None:
     """Revision of the database; None if it is empty. Errors as in `open_postgres`."""
+
+    def look(conn: sa.Connection) -> str | None:
+        _require_server(conn)
+        return schema.current(conn)
+
     async with _visited(url, transaction_pooling=transaction_pooling) as database:
-        return await database.read(schema.current)
+        return await database.read(look)
 
 
 async def upgrade_postgres(url: str, *, transaction_pooling: bool = False, table_s: float = 5.0) -> bool:
@@ -576,6 +586,7 @@ async def upgrade_postgres(url: str, *, transaction_pooling: bool = False, table
     """
 
     def work(conn: sa.Connection) -> bool:
+        _require_server(conn)
         conn.execute(sa.select(sa.func.pg_advisory_xact_lock(_UPGRADE_LOCK)))
         conn.execute(sa.select(sa.func.set_config("lock_timeout", f"{table_s * 1000:.0f}ms", True)))
         return schema.upgrade(conn)

@@ -14,10 +14,11 @@ import pytest
 
 from oncewise.cli import checks
 from oncewise.cli.checks import Finding, State
+from oncewise.coordination.redis import rehearsal
 from oncewise.settings import ProviderSettings, Settings, load_settings
 from oncewise.storage import schema
 from oncewise.storage.sqlite import open_sqlite
-from tests.support.commands import oncewise
+from tests.support.commands import ROOT, oncewise
 from tests.support.fake_provider import FakeProvider
 from tests.support.postgres import empty_database, fresh_database
 from tests.support.redis_server import RedisServer
@@ -167,7 +168,7 @@ def test_slow_writes_slow_streams_and_other_clocks_are_notes() -> None:
     """With what mends them; quick and equal ones are well."""
     for slow, quick in (
         (checks._written(0.2), checks._written(0.02)),
-        (checks._streamed(0.05), checks._streamed(0.002)),
+        (checks._streamed(0.05, 21), checks._streamed(0.002, 21)),
         (checks._skew("redis", 110.0, 100.0), checks._skew("redis", 100.5, 100.0)),
         (checks._skew("database", 90.0, 100.0), checks._skew("database", 99.5, 100.0)),
     ):
@@ -236,7 +237,7 @@ async def test_a_good_server_runs_scripts_and_streams_and_keeps_nothing(server: 
     """Name, version, time of a round trip, clock."""
     findings = await redis(server.url)
     assert wrong(findings) == []
-    for words in ("Valkey", "scripts and streams work", "clock differs"):
+    for words in ("Valkey", "commands and scripts work", "clock differs"):
         assert words in said(findings)
     assert server.ask("DBSIZE") == ":0\r\n"
     assert await redis(None) == []
@@ -258,25 +259,66 @@ async def test_a_server_that_drops_any_key_is_a_note(server: RedisServer) -> Non
     assert any(finding.state is State.NOTE and "volatile-ttl" in finding.mend for finding in findings)
 
 
-async def test_a_user_who_may_not_enough_is_told_so(server: RedisServer) -> None:
-    """Neither scripts nor streams; what the server says of itself is not needed."""
-    server.ask("ACL", "SETUSER", "poor", "on", ">secret", "~*", "+ping", "+time", "+client")
+def rights() -> list[str]:
+    """Of the user that the reference gives."""
+    page = (ROOT / "docs" / "reference" / "redis.md").read_text()
+    (line,) = (line for line in page.splitlines() if line.startswith("ACL SETUSER"))
+    return line.split()[6:]
+
+
+async def of_a_user(server: RedisServer, *rules: str) -> list[Finding]:
+    server.ask("ACL", "SETUSER", "poor", "reset", "on", ">secret", *rules)
     try:
-        findings = await redis(f"redis://poor:secret@127.0.0.1:{server.port}/0")
+        return await redis(f"redis://poor:secret@127.0.0.1:{server.port}/0")
     finally:
         server.ask("ACL", "DELUSER", "poor")
-    assert {finding.said for finding in wrong(findings)} == {
-        "it runs no Lua scripts (NOPERM)",
-        "it takes no streams (NOPERM)",
-    }
 
 
-async def test_a_server_that_is_away_or_wants_a_password_is_wrong(server: RedisServer) -> None:
+async def test_a_user_who_may_nothing_is_told_so(server: RedisServer) -> None:
+    """What the server says of itself is not needed."""
+    (finding,) = wrong(await of_a_user(server, "~*", "+ping", "+time", "+client"))
+    assert (finding.said, "redis.md" in finding.mend) == ("it runs no Lua scripts (NOPERM)", True)
+
+
+async def test_the_rights_of_the_reference_are_enough(server: RedisServer) -> None:
+    """On keys of ours alone; nothing is left of the rehearsal."""
+    assert wrong(await of_a_user(server, *rights())) == []
+    assert server.ask("DBSIZE") == ":0\r\n"
+
+
+@pytest.mark.parametrize("right", [right for right in rights() if right not in {"+info", "+select"}])
+async def test_a_right_that_is_missing_shows_before_a_server_needs_it(server: RedisServer, right: str) -> None:
+    """Also where only the inside of a script needs it; EVAL alone would be allowed."""
+    (finding,) = wrong(await of_a_user(server, *(other for other in rights() if other != right)))
+    assert finding.mend
+
+
+def test_every_script_is_rehearsed() -> None:
+    """A new one too."""
+    scripts = {path.name for path in (ROOT / "src" / "oncewise" / "coordination" / "lua").glob("*.lua")}
+    assert {name for name, _command in rehearsal("p") if name.endswith(".lua")} == scripts
+
+
+async def test_why_redis_cannot_be_used_is_told_with_what_mends_that(server: RedisServer) -> None:
     """The reason is a word of the driver's or the server's; the URL is not repeated."""
-    for url in ("redis://u:very-secret@127.0.0.1:1/0", f"redis://u:very-secret@127.0.0.1:{server.port}/0"):
+    for url, words in (
+        ("redis://u:very-secret@127.0.0.1:1/0", "check host and port"),
+        (f"redis://u:very-secret@127.0.0.1:{server.port}/0", "check both"),
+        (f"redis://127.0.0.1:{server.port}/9999", "the number of the database"),
+    ):
         (finding,) = await redis(url)
         assert finding.state is State.WRONG
+        assert words in finding.mend
         assert "very-secret" not in said([finding])
+    assert "redis:// for rediss://" in checks._unreachable("TimeoutError", tls=True).mend
+    assert "rediss:// for redis://" in checks._unreachable("ConnectionError", tls=False).mend
+
+
+def test_a_server_that_is_full_or_a_replica_is_told_as_such() -> None:
+    """By the code with which it refuses a write."""
+    asked = [name for name, _command in rehearsal("p")]
+    assert "primary" in checks._refused({"SET": "READONLY"}, asked).mend
+    assert "make room" in checks._refused({"SET": "OOM"}, asked).mend
 
 
 def test_old_servers_replicas_and_clusters_are_wrong() -> None:

@@ -1,12 +1,14 @@
 """What several workers are started with."""
 
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from oncewise.cli.failure import WrongUse
-from oncewise.cli.workers import _private_folder, settings_for_workers, shared_server
+from oncewise.cli.workers import private_folder, settings_for_workers, shared_server
 from oncewise.settings import Settings, load_settings
 
 
@@ -45,6 +47,28 @@ def test_the_folder_of_a_socket_has_a_short_path(tmp_path: Path, monkeypatch: py
     deep = tmp_path / ("d" * 80)
     deep.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
-    with _private_folder() as folder:
+    with private_folder() as folder:
         assert len(f"{folder}/valkey.sock") < 100
         assert Path(folder).stat().st_mode & 0o077 == 0
+
+
+FORSAKE = """
+import os, signal, sys
+from pathlib import Path
+from oncewise.cli.workers import private_folder
+with private_folder(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_server_left_of_which_nothing_is_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """A service that ran out of memory is killed as a whole. Folders in use stay, and those that are not ours."""
+    stranger = tmp_path / "oncewise-bench-1"
+    stranger.mkdir()
+    with private_folder(tmp_path) as used:
+        subprocess.run([sys.executable, "-c", FORSAKE, str(tmp_path)], check=False)
+        (left,) = set(tmp_path.iterdir()) - {Path(used), stranger}
+        with private_folder(tmp_path):
+            assert Path(used).exists()
+            assert not left.exists()
+    assert list(tmp_path.iterdir()) == [stranger]
