@@ -1,7 +1,7 @@
 """Redis and Valkey as real processes on loopback, to be killed, paused and emptied.
 
-Valkey comes from the package index. Where a `redis-server` is installed, the contract suite runs on that too; one that is
-named by `ONCEWISE_TEST_REDIS_SERVER` takes Valkey's place in every test.
+Valkey comes from the package index. Where a `redis-server` is installed, the contract suite runs on that too; one
+that is named by `ONCEWISE_TEST_REDIS_SERVER` takes Valkey's place in every test.
 """
 
 import os
