@@ -347,6 +347,55 @@ async def test_a_takeover_waits_for_a_database_that_is_busy(held, operation, tim
     assert len(held.provider.calls) == 1
 
 
+@pytest.mark.parametrize("looks_first", [True, False])
+async def test_a_viewer_that_comes_while_a_turn_is_taken_over_sees_it_to_its_end(held, looks_first):
+    """The row says already that this process leads it, under an epoch of which nobody here has begun to tell."""
+    thread = await held.thread()
+    claim = await lost(held, thread)
+    await held.ledger.beat([Heartbeat(claim, "never shown", 2)], lease_s=0.0)
+    gate = held.ledger.hold_before("position")
+    waiting = asyncio.create_task(held.post(thread))
+    await gate.reached.wait()
+    turn = await held.ledger.turn(thread.org_id, thread.id, claim.turn_id)
+    remote = held.turns.runs.remotes.look_at(turn)
+    if looks_first:
+        log = await remote.watch()
+    for _ in range(2):
+        remote.look()
+        await remote.news()
+    if not looks_first:
+        log = await remote.watch()
+    gate.open.set()
+    held.provider.go.set()
+
+    result = await waiting
+
+    assert (result.stored.state, result.stored.epoch) == (TurnState.COMPLETED, 2)
+    assert (log.epoch, log.text, log.closed) == (2, result.stored.assistant_message.content, True)
+
+
+async def test_who_loses_a_turn_while_taking_it_over_follows_whoever_has_it(held):
+    """It was slow for longer than its lease, and another process has begun to tell the turn under its own epoch."""
+    thread = await held.thread()
+    claim = await lost(held, thread)
+    gate = held.ledger.hold_before("position")
+    waiting = asyncio.create_task(held.told(thread))
+    await gate.reached.wait()
+    theirs = await taken_over(held, replace(claim, epoch=2))
+    turn = await held.ledger.turn(thread.org_id, thread.id, claim.turn_id)
+    remote = held.turns.runs.remotes.look_at(turn)
+    remote.look()
+    await remote.news()
+    gate.open.set()
+    await asyncio.sleep(0.05)
+    await held.ledger.commit(theirs, answer("theirs"))
+
+    result, role = await waiting
+
+    assert (result.stored.assistant_message.content, role) == ("theirs", "follower")
+    assert held.provider.calls == []
+
+
 async def test_a_lost_turn_is_ended_by_a_database_that_is_busy(held):
     """Text of it was shown, so that who waits is told of the loss, and not that the database is away."""
     thread = await held.thread()

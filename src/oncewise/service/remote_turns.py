@@ -48,6 +48,8 @@ class RemoteTurn:
 
     Attributes:
         row: The turn as it was read last.
+        epoch: The last under which another worker led it. The row may say a higher one while a run of this worker takes
+            the turn over; what is shown under that is the run's alone.
         log: Its log here; None while nobody has looked.
         first_s: When the first text came, by the event loop's clock; None before.
         leader_id: None: the request that leads the turn is known to its own worker only.
@@ -57,6 +59,7 @@ class RemoteTurn:
 
     def __init__(self, desk: "RemoteTurns", turn: StoredTurn) -> None:
         self.row = turn
+        self.epoch = turn.epoch
         self.log: StreamLog | None = None
         self.first_s: float | None = None
         self._desk = desk
@@ -100,7 +103,7 @@ class RemoteTurn:
         """
         self._interested_s = asyncio.get_running_loop().time()
         if self.log is None and not (self._task.done() or self._yielded):
-            self.log = self._desk.hub.open((self.row.org_id, self.row.id), self.row.epoch)
+            self.log = self._desk.hub.open((self.row.org_id, self.row.id), self.epoch)
             self._following.repeat(self.log, _reset, self._text_came)
             self.look()
         if self.log is not None and after is not None:
@@ -174,6 +177,8 @@ class RemoteTurn:
         row = self.row
         try:
             self.row = await self._desk.ledger.turn(row.org_id, row.thread_id, row.id)
+            if self.row.owner != self._desk.owner:
+                self.epoch = self.row.epoch
             if self._following.owner != self.row.owner:
                 self._following.owner = self.row.owner
                 self._following.say()
@@ -206,6 +211,8 @@ class RemoteTurn:
         """Fill the log from the row, if the relay does not."""
         row, log = self.row, self.log
         if log is None or log.closed or self._yielded or row.state.final or not row.partial:
+            return
+        if row.epoch > self.epoch:
             return
         if row.epoch == log.epoch and row.partial_seq <= log.deltas:
             self._behind_at = None
@@ -300,10 +307,12 @@ class RemoteTurns:
     """The turns of other workers that somebody here is interested in.
 
     Args:
+        owner: Who this worker is in the rows.
         ended: Called with the tenant and thread of each turn that has ended.
     """
 
-    def __init__(self, *, ledger: TurnLedger, hub: StreamHub, fleet: Fleet, ended: _Ended) -> None:
+    def __init__(self, *, owner: str, ledger: TurnLedger, hub: StreamHub, fleet: Fleet, ended: _Ended) -> None:
+        self.owner = owner
         self.ledger = ledger
         self.hub = hub
         self.fleet = fleet

@@ -235,7 +235,7 @@ class TurnRun:
         self._leased_s = asyncio.get_running_loop().time()
         return await self._desk.claim_lost(turn)
 
-    async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult:
+    async def _take_over(self, claim: TurnClaim, remote: RemoteTurn) -> TurnResult | None:
         # Read again: the lost owner may have shown something between our look at the row and its fencing.
         turn = await self._patiently(lambda: self._row(claim))
         if turn.visible or turn.attempt > MAX_TURN_ATTEMPTS:
@@ -253,9 +253,12 @@ class TurnRun:
             )
             remote.look()
             raise lost.error()
-        self.ask = turn.ask
         # It may have waited when its owner was lost, and the turns before it are still open.
         position = await self._patiently(lambda: self._desk.ledger.position(claim))
+        if remote.epoch >= claim.epoch or (remote.log is not None and remote.log.epoch >= claim.epoch):
+            # Somebody else has taken it over in the meantime, and may have been repeated here already.
+            return None
+        self.ask = turn.ask
         return await self._lead(claim, position, remote.take_log())
 
     # -- leading -------------------------------------------------------------------------------------------------
@@ -605,7 +608,7 @@ class Runs:
         self.rules = rules
         self.closing = False
         self.heartbeats = Heartbeats(ledger, lease_s=rules.lease_s)
-        self.remotes = RemoteTurns(ledger=ledger, hub=hub, fleet=fleet, ended=self._open_gates)
+        self.remotes = RemoteTurns(owner=owner, ledger=ledger, hub=hub, fleet=fleet, ended=self._open_gates)
         self.led: dict[tuple[str, str], TurnRun] = {}
         self._gates: dict[tuple[str, str], dict[asyncio.Future[None], None]] = {}
 
