@@ -7,7 +7,7 @@ import pytest
 from bench.figures import faults
 from bench.record import RESULTS, save_parts
 
-from tests.faults.figures import FIGURES, POINTS, Outcome, measure, point_of, quantile
+from tests.faults.figures import FIGURES, POINTS, Outcome, measure, point_of, quantile, rows_of
 from tests.faults.storms import GENERATION_S, Trial
 from tests.support.commands import ROOT
 
@@ -116,6 +116,20 @@ def test_figures_are_recorded_in_parts(tmp_path):
     page = faults(document)
     assert "| `kill`: kill -9 of the leader, PostgreSQL | 0 | 0 | 0 | 0 | 3 |" in page
     assert page.count(document["runs"][0]["date"]) == 3
+
+
+def test_a_row_of_the_matrix_that_fails_or_is_skipped_is_a_violation():
+    """So is a run that ended before all rows were seen."""
+    report = """<testsuites><testsuite><testcase name="F12"/><testcase name="F14"><failure message="not gone"/></testcase>
+    <testcase name="F16"><error message="no server"/></testcase>
+    <testcase name="F41"><skipped message="no libfaketime"/></testcase></testsuite></testsuites>"""
+    trials = rows_of(report, 1, 1)
+    assert [trial.violations for trial in trials] == [
+        [], ["F14: not gone"], ["F16: no server"], ["F41: no libfaketime"],
+    ]  # fmt: skip
+    assert Outcome(FIGURES["matrix"], trials).record["trials"] == 4
+    assert rows_of(report, 1, 2)[-1].violations == ["the tests ended with 2"]
+    assert rows_of("<testsuite/>", 1, 0)[-1].violations == ["the tests ended with 0"]
 
 
 def test_the_readme_says_what_was_recorded():
