@@ -22,7 +22,7 @@ from tests.faults.storms import GENERATION_S, Trial
 from tests.support.commands import ROOT
 from tests.support.postgres import roomy
 
-__all__ = ["FIGURES", "FULL", "Figure", "Outcome", "measure", "quantile"]
+__all__ = ["FIGURES", "FULL", "Figure", "Outcome", "measure", "quantile", "rows_of"]
 
 Trials = AsyncGenerator[Trial, None]
 ANSWERED_S = GENERATION_S + 3.0
@@ -269,12 +269,22 @@ async def _matrix(folder: Path, seed: int, _numbers: Sequence[int]) -> Trials:
         *(sys.executable, "-m", "pytest", *MATRIX, "-q", "--timeout", "900", f"--junit-xml={report}"),
         env={**os.environ, FULL: "1"}, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
-    await running.wait()
-    for number, row in enumerate(ET.parse(report).iter("testcase")):
+    ended = await running.wait()
+    for trial in rows_of(report.read_text() if report.exists() else "<testsuite/>", seed, ended):
+        yield trial
+
+
+def rows_of(report: str, seed: int, ended: int) -> list[Trial]:
+    """A trial for each test of a report in JUnit's form, and one for a run that did not come to its end."""
+    trials = []
+    for number, row in enumerate(ET.fromstring(report).iter("testcase")):
         wrong = [*row.iter("failure"), *row.iter("error"), *row.iter("skipped")]
         trial = Trial("matrix", seed, number, struck=row.get("name"))
         trial.violations = [f"{row.get('name')}: {each.get('message', each.tag)[:300]}" for each in wrong]
-        yield trial
+        trials.append(trial)
+    if not trials or ended not in (0, 1):
+        trials.append(Trial("matrix", seed, len(trials), violations=[f"the tests ended with {ended}"]))
+    return trials
 
 
 async def _leaks(site: Deployment, seed: int) -> Trial:

@@ -268,8 +268,13 @@ async def restart_postgres(site: Deployment, trial: Trial) -> Trial:
     await asyncio.sleep(chance.uniform(0.2, 1.4))
     trial.struck, fault_s = "restarted", loop.time()
     await asyncio.to_thread(site.postgres.stop, signal.SIGQUIT)
-    refused = await asyncio.gather(*(_refused(member, ask) for member, ask in zip(site.members, probed, strict=True)))
-    await asyncio.sleep(chance.uniform(0.0, 1.0))
+    refused: list[tuple[float, int]] = []
+    down_s = chance.uniform(0.0, 1.0)
+    while not refused or loop.time() - fault_s < down_s:
+        # All the time, not only at its beginning: what a server does about it may be what takes long.
+        asking = (_refused(member, ask) for member, ask in zip(site.members, probed, strict=True))
+        refused += await asyncio.gather(*asking)
+        await asyncio.sleep(0.1)
     await asyncio.to_thread(site.postgres.start)
     began_s = loop.time()
     await loading

@@ -1,13 +1,15 @@
 """A few trials of each figure; `make faults` has them all."""
 
 import json
+import re
 
 import pytest
 from bench.figures import faults
-from bench.record import save_parts
+from bench.record import RESULTS, save_parts
 
-from tests.faults.figures import FIGURES, POINTS, Outcome, measure, point_of, quantile
-from tests.faults.storms import Trial
+from tests.faults.figures import FIGURES, POINTS, Outcome, measure, point_of, quantile, rows_of
+from tests.faults.storms import GENERATION_S, Trial
+from tests.support.commands import ROOT
 
 SEED = 7
 
@@ -114,6 +116,45 @@ def test_figures_are_recorded_in_parts(tmp_path):
     page = faults(document)
     assert "| `kill`: kill -9 of the leader, PostgreSQL | 0 | 0 | 0 | 0 | 3 |" in page
     assert page.count(document["runs"][0]["date"]) == 3
+
+
+def test_a_row_of_the_matrix_that_fails_or_is_skipped_is_a_violation():
+    """So is a run that ended before all rows were seen."""
+    report = """<testsuites><testsuite><testcase name="F12"/><testcase name="F14"><failure message="not gone"/></testcase>
+    <testcase name="F16"><error message="no server"/></testcase>
+    <testcase name="F41"><skipped message="no libfaketime"/></testcase></testsuite></testsuites>"""
+    trials = rows_of(report, 1, 1)
+    assert [trial.violations for trial in trials] == [
+        [], ["F14: not gone"], ["F16: no server"], ["F41: no libfaketime"],
+    ]  # fmt: skip
+    assert Outcome(FIGURES["matrix"], trials).record["trials"] == 4
+    assert rows_of(report, 1, 2)[-1].violations == ["the tests ended with 2"]
+    assert rows_of("<testsuite/>", 1, 0)[-1].violations == ["the tests ended with 0"]
+
+
+def test_the_readme_says_what_was_recorded():
+    """Its numbers of trials, its zeros and its bounds; the figures themselves stand on the page of figures."""
+    file = RESULTS / "faults.json"
+    if not file.exists():
+        pytest.skip("nothing is recorded")
+    rows = {run["figure"]: run for run in json.loads(file.read_text())["runs"]}
+    readme = (ROOT / "README.md").read_text()
+    kills, stops, zeros, bound_s = re.search(
+        r"`kill -9`\) at (\d+) moments .* lease (\d+) times on each \| (0 .* 0 .* 0 .* 0 .*); .* within (\d+) s", readme
+    ).groups()
+    assert zeros.count("0 ") == 4
+    for name, times in (("kill", kills), ("sqlite-kill", kills), ("stop", stops), ("sqlite-stop", stops)):
+        assert rows[name]["struck"] >= int(times), name
+        assert [rows[name][each] for each in ("lost", "twice", "told_otherwise", "hung", "violations")] == [0] * 5, name
+    assert max(rows[name]["after_p95_s"] for name in ("kill", "sqlite-kill")) <= int(bound_s) + GENERATION_S
+    paused_s, times, added_ms = re.search(
+        r"Redis killed, paused for (\d) s and emptied, (\d+) times .* at most (\d+) ms longer", readme
+    ).groups()
+    for name in ("redis-kill", "redis-pause", "redis-flush"):
+        row = rows[name]
+        assert (row["struck"], row["violations"], row["one_call_pct"]) == (int(times), 0, 100.0), name
+        assert row["added_p95_ms"] <= int(added_ms), name
+    assert f"paused for {paused_s} s" in rows["redis-pause"]["says"]
 
 
 def test_quantiles():

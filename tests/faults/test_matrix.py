@@ -463,6 +463,53 @@ async def test_the_disk_is_full(chance):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+async def test_the_disk_is_full_when_the_log_is_folded_into_the_file(chance):
+    """F37, in a checkpoint: turns are stored in the log as long as that has room; then told, and nothing is lost."""
+    folder = Path(roomy() or ".") / f"oncewise-folding-{os.getpid()}"
+    folder.mkdir()
+    try:
+        async with deployment(folder, 1, postgres=False) as site:
+            member = site.members[0]
+            stored: list[Ask] = []
+
+            async def send() -> tuple[int, str | None]:
+                ask = replace(await new_ask(site, chance, "n2"), content="x" * 150_000)
+                reply = await post(member, ask)
+                if reply.status == 200:
+                    stored.append(ask)
+                return reply.status, None if reply.status == 200 else reply.code
+
+            # A file that is larger than its log is when that is folded, so that the limit is met by the file first.
+            while (file := folder / "ow.db").stat().st_size < 12 * 2**20:
+                assert await send() == (200, None)
+            size = file.stat().st_size
+            readable(member).rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            before = len(stored)
+            while (told := await send()) == (200, None):
+                assert len(stored) < before + 100
+            assert told == (507, "storage_full")
+            assert len(stored) > before
+            assert (folder / "ow.db-wal").stat().st_size > 5 * 2**20, "the log was not too long to be folded"
+            assert file.stat().st_size == size
+            await _all_are_read(member, stored)
+            readable(member).rlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            async with asyncio.timeout(5):
+                while await send() != (200, None):
+                    await asyncio.sleep(0.1)
+            await _all_are_read(member, stored)
+            await _all_are_read(await site.restart(0), stored)
+            assert file.stat().st_size > size
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _all_are_read(member: Member, stored: list[Ask]) -> None:
+    for ask in stored:
+        read = await member.ask("GET", f"/api/threads/{ask.thread}", headers=ask.headers)
+        assert [message["role"] for message in read.json()["messages"]] == ["user", "assistant"]
+        assert read.json()["messages"][0]["content"] == ask.content
+
+
 @pytest.mark.parametrize(("held_s", "status"), [(3.0, 200), (8.0, 503)])
 async def test_another_program_holds_the_lock_of_the_file(tmp_path, chance, held_s, status):
     """F39: waited for five seconds, then told; whatever needs no writing is answered at once meanwhile."""
