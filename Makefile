@@ -13,7 +13,7 @@ UV := UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP) config 
   test -n "$$UV_DEFAULT_INDEX" && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX; \
   VIRTUAL_ENV=$(VENV) $(BIN)/uv --quiet
 
-.PHONY: setup demo test clients browser lint bench simulate faults lock docs clean help
+.PHONY: setup demo test clients browser clock lint bench simulate faults lock docs clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## a server, a slow provider, three bursts, a verdict; then the server stays up
 	@$(BIN)/oncewise demo
 
-test: setup clients browser ## the whole test suite
+test: setup clients browser clock ## the whole test suite
 	@$(BIN)/python -m pytest
 
 clients: $(NODE) $(LANGCHAIN) ## other people's clients, for the tests that run them against the server
@@ -60,6 +60,14 @@ browser:
 	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium >/dev/null; } \
 	  || echo "chromium is missing: the test with a browser will not run"
 
+# libfaketime, for the tests with a server whose clock is wrong; also a Debian package.
+clock:
+	@ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 || test -n "$$ONCEWISE_TEST_FAKETIME" \
+	  || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && echo "installing libfaketime" && apt-get -qq update >/dev/null \
+	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends libfaketime >/dev/null; } \
+	  || echo "libfaketime is missing: the tests with a wrong clock will be skipped"
+
 lint: setup ## style, types, and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -72,7 +80,7 @@ bench: setup ## every benchmark, then the page of figures; forty-five minutes
 simulate: setup ## fifty thousand histories of a fleet under faults, in virtual time; a few minutes
 	@$(BIN)/python -m tests.simulation
 
-faults: setup ## real processes killed, stopped, cut off and starved by the hundred; the figures, in about an hour
+faults: setup clock ## real processes killed, stopped, cut off and starved by the hundred; the figures, in about an hour
 	@$(BIN)/python -m tests.faults
 
 lock: ## resolve the dependencies anew

@@ -124,6 +124,30 @@ SILENT: list[Column] = [
     ("MiB PSS added by them", "added_mib", "{:.1f}"),
     ("cut off s after the end", "gone_after_s", "{:.1f}"),
 ]
+FAULTS: list[Column] = [
+    ("trials", "trials", "{:,.0f}"),
+    ("met", "struck", "{:,.0f}"),
+    ("turns", "turns", "{:,.0f}"),
+    ("clients", "clients", "{:,.0f}"),
+    ("lost", "lost", "{:.0f}"),
+    ("stored twice", "twice", "{:.0f}"),
+    ("told ≠ stored", "told_otherwise", "{:.0f}"),
+    ("hung", "hung", "{:.0f}"),
+    ("violations", "violations", "{:.0f}"),
+    ("one call %", "one_call_pct", "{:.1f}"),
+    ("≤ 2 calls %", "two_calls_pct", "{:.1f}"),
+    ("last answer p95 s", "after_p95_s", "{:.2f}"),
+    ("p95 added ms", "added_p95_ms", "{:.0f}"),
+    ("503 after s", "refused_s", "{:.2f}"),
+]
+FAULTS_TEXT = (
+    "Servers as processes of their own on one PostgreSQL, SQLite file or Valkey; clients ask again as SDKs do. A trial "
+    "breaks one thing at a moment that its seed decides, and *met* says how often that hit something. What clients "
+    "were told is then compared with what is stored and with what the provider was asked: acknowledged turns lost, "
+    "turns stored twice, texts told other than stored, clients that waited more than 25 s, and all violations. "
+    "*Last answer* is from the fault to the last client's, where one generation takes 1 s; *added* is to the p95 of "
+    "requests under load, against the same load without a fault. `matrix` is every row of the fault matrix, in full."
+)
 LATE: list[Column] = [
     ("deltas", "deltas", "{:,.0f}"),
     ("bytes", "backlog_bytes", "{:,.0f}"),
@@ -152,6 +176,9 @@ def page() -> str:
     file = RESULTS / "fleet-costs.json"
     if file.exists():
         parts.append(_operations(json.loads(file.read_text())))
+    file = RESULTS / "faults.json"
+    if file.exists():
+        parts.append(faults(json.loads(file.read_text())))
     return "\n".join(parts)
 
 
@@ -160,6 +187,19 @@ def _operations(document: dict[str, Any]) -> str:
     text = f"Of three servers on one PostgreSQL and one Valkey; what follows from it is in {page}."
     heading = "## Redis and SQL operations per request\n"
     return "\n".join([heading, text, "", _source(document), operations(document), ""])
+
+
+def faults(document: dict[str, Any]) -> str:
+    """The section of the fault figures; each row may be of another day."""
+    heads = ["what is broken", *(head for head, _, _ in FAULTS), "recorded"]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    for run in document["runs"]:
+        cells = [form.format(run[name]) if run.get(name) is not None else "-" for _, name, form in FAULTS]
+        changed = f" with {run['changed_files']} changed files in src" if run["changed_files"] else ""
+        lines.append(_row([f"`{run['figure']}`: {run['says']}", *cells, f"{run['commit']}{changed}, {run['date']}"]))
+    place = f"Python {document['python']}, {document['kernel']}, {document['cores']} cores"
+    source = f"`python -m tests.faults --figures …` with the names below; {place}."
+    return "\n".join(["## Faults\n", FAULTS_TEXT, "", source, "", *lines, ""])
 
 
 def _core(document: dict[str, Any], core: "Core") -> str:

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["RESULTS", "Meter", "Run", "command_of", "parser_of", "repeated", "save", "spread"]
+__all__ = ["RESULTS", "Meter", "Run", "command_of", "parser_of", "repeated", "save", "save_parts", "spread"]
 
 RESULTS = Path(__file__).parent / "results"
 NOISE_PCT = 6.0
@@ -93,20 +93,49 @@ def command_of(module: str, argv: Sequence[str] | None) -> str:
 
 def save(results: Path, name: str, command: str, runs: Sequence[Run]) -> Path:
     """Write the runs and where they were made to `NAME.json`."""
-    document = {
-        "name": name,
-        "command": command,
+    return _write(results, {"name": name, "command": command, **_origin(), **_place(), "runs": list(runs)})
+
+
+def save_parts(results: Path, name: str, command: str, runs: Sequence[Run], *, by: str, order: Sequence[str]) -> Path:
+    """Write runs to `NAME.json` beside those that were recorded before, in place of those of the same name.
+
+    So what takes an hour in all can be recorded part by part; each run says by which command, when and at which commit.
+
+    Args:
+        results: Directory of the file.
+        name: Of the file.
+        command: What was run.
+        runs: What it measured.
+        by: Where a run has its name.
+        order: The names, in the order in which they stand in the file; runs of other names are dropped.
+    """
+    file = results / f"{name}.json"
+    recorded = json.loads(file.read_text())["runs"] if file.exists() else []
+    named = {run[by]: run for run in (*recorded, *({**run, "command": command, **_origin()} for run in runs))}
+    kept = [named[each] for each in order if each in named]
+    return _write(results, {"name": name, **_place(), "runs": kept})
+
+
+def _origin() -> dict[str, Any]:
+    return {
         "commit": _git("rev-parse", "--short", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--", "src").splitlines()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _place() -> dict[str, Any]:
+    return {
         "python": platform.python_version(),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": os.cpu_count(),
         "nice": os.nice(0),
-        "runs": list(runs),
     }
+
+
+def _write(results: Path, document: dict[str, Any]) -> Path:
     results.mkdir(exist_ok=True)
-    file = results / f"{name}.json"
+    file = results / f"{document['name']}.json"
     file.write_text(json.dumps(document, indent=1) + "\n")
     return file
 

@@ -27,7 +27,16 @@ from oncewise.core.pacing import Pacer, PacerStats, Starts
 from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Encoder, StreamHub
 from oncewise.errors import CoordinationUnavailable, OncewiseError
-from oncewise.ports import CallSlots, Coordination, CoordinationChanged, Listener, Provider, SharedLimiter, Signal
+from oncewise.ports import (
+    CallSlots,
+    Coordination,
+    CoordinationChanged,
+    CoordinationLate,
+    Listener,
+    Provider,
+    SharedLimiter,
+    Signal,
+)
 from oncewise.providers.anthropic import AnthropicProvider
 from oncewise.providers.catalogue import Quirks, Wire
 from oncewise.providers.demo import DemoProvider
@@ -44,7 +53,8 @@ from oncewise.service.metrics import Metrics
 from oncewise.service.model_names import ModelNames
 from oncewise.service.sharing import Policies, Policy
 from oncewise.service.threads import Threads
-from oncewise.service.turns import TurnRules, Turns
+from oncewise.service.turn_runs import TurnRules
+from oncewise.service.turns import Turns
 from oncewise.settings import ProviderSettings, Settings
 from oncewise.storage.database import Database
 from oncewise.storage.deployment import deployment_secret
@@ -131,7 +141,7 @@ class Services:
     def drain(self) -> None:
         """Take no new work on from now."""
         self.draining = True
-        self.turns.closing = True
+        self.turns.runs.closing = True
         self.completions.drain()
 
     async def finish(self, drain_s: float) -> None:
@@ -226,7 +236,8 @@ async def _wire(
         ids=_new_id,
         fleet=fleet,
     )
-    listeners.append(lambda event: turns.remotes.look_again() if isinstance(event, CoordinationChanged) else None)
+    changed = (CoordinationChanged, CoordinationLate)
+    listeners.append(lambda event: turns.remotes.look_again() if isinstance(event, changed) else None)
     names = _names(settings, lanes)
     threads = Threads(SqlThreadStore(database, ids=_new_id), turns, names=names)
     keys = Keys(SqlKeyStore(database, ids=_new_id))

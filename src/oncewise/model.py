@@ -310,6 +310,19 @@ class TurnClaim:
 
 
 @dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """That whoever has a claim still works on the turn, and how far it is.
+
+    Attributes:
+        partial, partial_seq: The text so far, and how many deltas it came in.
+    """
+
+    claim: TurnClaim
+    partial: str
+    partial_seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTurn:
     """A turn as the ledger holds it.
 

@@ -19,6 +19,7 @@ from oncewise.model import (
     ChatRequest,
     CompletionRequest,
     FinishReason,
+    Heartbeat,
     KeyRole,
     RequestRecord,
     StoredTurn,
@@ -41,6 +42,7 @@ __all__ = [
     "Completion",
     "Coordination",
     "CoordinationChanged",
+    "CoordinationLate",
     "Follow",
     "KeyStore",
     "Lead",
@@ -287,8 +289,12 @@ class TurnLedger(Protocol):
         """Set the turn `streaming` before its first delta leaves the process; False if the claim is fenced."""
         ...
 
-    async def beat(self, claim: TurnClaim, *, lease_s: float, partial: str, partial_seq: int) -> bool:
-        """Extend the lease and store the text so far; False if the claim is fenced."""
+    async def beat(self, beats: Sequence[Heartbeat], *, lease_s: float) -> Mapping[TurnClaim, bool]:
+        """Extend the leases of some turns and store their texts so far, in one transaction that waits for no row.
+
+        Returns for each claim whether it holds still. Missing are those whose row somebody is changing at the moment:
+        nothing is known of them, and their lease is as it was.
+        """
         ...
 
     async def commit(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
@@ -640,6 +646,11 @@ class CoordinationChanged:
 
     up: bool
     reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinationLate:
+    """What lies between the workers takes longer than it should, and may prove to be away; an event for listeners."""
 
 
 class Coordination(Protocol):

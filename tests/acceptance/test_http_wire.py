@@ -262,6 +262,22 @@ async def test_a_client_that_never_reads_is_dropped_and_disturbs_nobody(tmp_path
         stalled.close()
 
 
+async def test_a_server_that_ends_while_clients_wait_to_be_accepted_is_not_held_by_them(site):
+    """It knows all whom it has accepted when it tells connections to end. Those who say nothing would hold it 5 s."""
+    waiting = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(300)]
+    loop = asyncio.get_running_loop()
+    while not site.server.server_state.connections:
+        await asyncio.sleep(0)
+    began_s = loop.time()
+    await site.server.shutdown()
+    took_s = loop.time() - began_s
+    for client in waiting:
+        client.close()
+
+    assert took_s < 2.0
+    assert not site.server.server_state.connections
+
+
 SERVE = """
 import sys
 from oncewise.api.app import create_app

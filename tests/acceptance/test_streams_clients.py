@@ -88,7 +88,7 @@ async def test_a_fetch_reader_cancels_its_request_by_its_id(site, fake):
 
     assert (seen["cancel_status"], seen["done"]["state"]) == (200, "cancelled")
     assert call.closed_by_client
-    await until(lambda: not site.services.turns._runs)
+    await until(lambda: not site.services.turns.runs.led)
     assert (await site.messages(thread))[1][1].startswith(seen["text"])
 
 

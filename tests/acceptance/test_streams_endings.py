@@ -240,7 +240,7 @@ async def test_requests_are_withdrawn_one_by_one_and_the_last_stops_the_call(sit
     assert (refused.status, refused.code, refused.json()["retryable"]) == (409, "turn_cancelled", False)
     assert call.closed_by_client
     assert call.ended_s - asked_s < 1.0
-    await until(lambda: not site.services.turns._runs)
+    await until(lambda: not site.services.turns.runs.led)
     assert (await turn_of(site, thread, one.turn_id))["state"] == "cancelled"
     assert fake.count == 1
 
@@ -359,7 +359,7 @@ async def test_a_turn_goes_on_when_all_its_callers_have_left(tmp_path, fake):
         async with watch_as(site, thread, "a") as watch:
             await watch.until("delta")
         await until(lambda: site.services.turns.flights.stats().waiters == 0)
-        await until(lambda: not site.services.turns._runs)
+        await until(lambda: not site.services.turns.runs.led)
         again = await site.stream(thread)
 
         assert again.headers["x-coalesce"] == "replayed"
@@ -415,7 +415,7 @@ async def test_five_messages_wait_in_the_order_they_came(tmp_path, fake):
         for number in range(6):
             model = "n2" if number else "lat1500-n2"
             asked.append(asyncio.create_task(site.stream(thread, f"m{number}", model=model)))
-            await until(lambda count=number: len(site.services.turns._runs) > count)
+            await until(lambda count=number: len(site.services.turns.runs.led) > count)
         replies = [await one for one in asked]
         messages = await thread_of(site, thread)
 
@@ -448,10 +448,10 @@ async def test_an_impatient_message_does_not_jump_the_queue(site, fake, on_busy)
     async with watch_as(site, thread, "a") as running:
         await running.until("delta")
         waiting = [asyncio.create_task(site.say(thread, "Waits", model="n1"))]
-        await until(lambda: len(site.services.turns._runs) == 2)
+        await until(lambda: len(site.services.turns.runs.led) == 2)
         waiting.append(asyncio.create_task(site.say(thread, "Impatient", model="n2", on_busy=on_busy)))
         # Not by counting: the turn it stops may be gone before it is seen.
-        runs = site.services.turns._runs
+        runs = site.services.turns.runs.led
         await until(lambda: waiting[1].done() or any(run.ask.content == "Impatient" for run in runs.values()))
         waiting.append(asyncio.create_task(site.say(thread, "Last", model="n3")))
         replies = await asyncio.gather(*waiting)

@@ -202,9 +202,9 @@ async def test_joining_a_thread_follows_the_turn_that_runs_and_then_the_next(tmp
         first = asyncio.create_task(site.say(thread, "one"))
         await site.provider.started.wait()
         second = asyncio.create_task(site.say(thread, "two"))
-        await until(lambda: len(site.services.turns._runs) == 2)
+        await until(lambda: len(site.services.turns.runs.led) == 2)
         async with watching(site, address) as watch:
-            queued = max(run.admitted.turn_id for run in site.services.turns._runs.values())
+            queued = max(run.admitted.turn_id for run in site.services.turns.runs.led.values())
             async with watching(site, f"/api/threads/{thread}/turns/{queued}/stream") as waiting:
                 site.provider.go.set()
                 await asyncio.gather(watch.rest(), waiting.rest())
@@ -233,12 +233,12 @@ async def test_the_first_meta_says_how_it_stands_with_the_turn_now(tmp_path):
         async with watching(site, say, {"content": "one"}) as one, watching(site, say, {"content": "two"}) as two:
             await one.until("delta")
             asked = asyncio.create_task(site.say(thread, "three"))
-            await until(lambda: len(site.services.turns._runs) == 3)
-            queued = max(run.admitted.turn_id for run in site.services.turns._runs.values())
+            await until(lambda: len(site.services.turns.runs.led) == 3)
+            queued = max(run.admitted.turn_id for run in site.services.turns.runs.led.values())
             address = f"/api/threads/{thread}/turns/{queued}/stream"
             before = await asyncio.gather(told(say, third), told(address), told(say, {"content": "one"}))
             await site.ask("POST", f"/api/threads/{thread}/turns/{two.turn_id}/cancel")
-            await until(lambda: max(run.place for run in site.services.turns._runs.values()) == 1)
+            await until(lambda: max(run.place for run in site.services.turns.runs.led.values()) == 1)
             moved = await asyncio.gather(told(say, third), told(address))
             await site.ask("POST", f"/api/threads/{thread}/turns/{one.turn_id}/cancel")
             async with watching(site, address) as last:
@@ -247,7 +247,7 @@ async def test_the_first_meta_says_how_it_stands_with_the_turn_now(tmp_path):
             asked.cancel()
         alone = await site.thread()
         unseen = asyncio.create_task(site.say(alone))
-        await until(lambda: any(run.log.deltas and not run._watched for run in site.services.turns._runs.values()))
+        await until(lambda: any(run.log.deltas and not run._watched for run in site.services.turns.runs.led.values()))
         first_look = await told(f"/api/threads/{alone}/stream")
         unseen.cancel()
 

@@ -313,7 +313,7 @@ async def test_thirty_two_messages_wait_behind_the_one_that_runs(tmp_path):
     async with serve(tmp_path, ScriptedProvider(held=True), drain_s=0) as site:
         thread = await site.thread()
         waiting = [asyncio.create_task(site.stream(thread, f"m{number}")) for number in range(33)]
-        await until(lambda: len(site.services.turns._runs) == 33)
+        await until(lambda: len(site.services.turns.runs.led) == 33)
         refused = await site.stream(thread, "one more")
         joins = asyncio.create_task(site.stream(thread, "m20"))
         await until(lambda: site.services.turns.flights.stats().waiters == 34)

@@ -5,24 +5,38 @@ the same in both: the seed and the number decide what is broken and when.
 """
 
 import asyncio
+import os
 import random
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 from tests.faults import storms
 from tests.faults.server import Point
 from tests.faults.site import Deployment, deployment
 from tests.faults.storms import GENERATION_S, Trial
+from tests.support.commands import ROOT
 from tests.support.postgres import roomy
 
-__all__ = ["FIGURES", "Figure", "Outcome", "measure", "quantile"]
+__all__ = ["FIGURES", "FULL", "Figure", "Outcome", "measure", "quantile", "rows_of"]
 
 Trials = AsyncGenerator[Trial, None]
 ANSWERED_S = GENERATION_S + 3.0
 ADDED_S = 0.15
+REFUSED_S = 1.0
+
+MATRIX = (
+    "tests/faults/test_matrix.py",
+    "tests/acceptance/test_fault_matrix.py",
+    "tests/acceptance/test_streams_viewers.py::test_two_hundred_clients_that_never_read_cost_the_others_nothing",
+)
+"""Where the rows of the fault matrix are."""
+FULL = "ONCEWISE_TEST_FAULTS_FULL"
+"""Set while they run as often, as long and with as many as the matrix says, and not as a test suite has time for."""
 
 POINTS = (*(point for point in Point if point is not Point.PAUSE_IN_TX), Point.MID_STREAM)
 """Those that kill; the middle of a call twice, since it matters whether anybody saw text of it."""
@@ -61,8 +75,9 @@ class Outcome:
         calls = [made for trial in self.trials for made in trial.calls]
         return {
             "figure": self.figure.name,
-            "trials": len(self.trials),
-            "struck": sum(trial.struck is not None for trial in self.trials),
+            "says": self.figure.says,
+            "trials": len(_of_faults(self.trials)),
+            "struck": len(_that_met(self.trials)),
             "turns": len(calls),
             "clients": len(waits),
             "lost": self.counted("I1"),
@@ -78,6 +93,7 @@ class Outcome:
             "after_max_s": _rounded(max(after, default=None)),
             "wait_p95_s": _rounded(quantile(waits, 0.95)),
             "wait_max_s": _rounded(max(waits, default=None)),
+            "added_p95_ms": None if (added := _added(self.trials)) is None else round(1000 * added[0]),
             "misses": self.misses,
             **self.figures(),
         }
@@ -98,6 +114,7 @@ class Figure:
 
     Attributes:
         full, few: How many trials: all, and for the test suite.
+        least: How many of all must have met a running turn; others came too early or too late for it.
         run: Trials of these numbers, on a deployment of their own in a folder.
         judge: What the trials together did not keep.
     """
@@ -108,6 +125,13 @@ class Figure:
     few: int
     run: Callable[[Path, int, Sequence[int]], Trials]
     judge: Callable[[list[Trial]], list[str]] = lambda _trials: []
+    least: int = 0
+
+    def misses(self, trials: list[Trial]) -> list[str]:
+        """What the trials together did not keep; whether enough of them met something is asked of all only."""
+        met, whole = len(_that_met(trials)), len(_of_faults(trials)) >= self.full
+        few = [f"only {met} of {self.least} met a turn"] if whole and met < self.least else []
+        return [*few, *self.judge(trials)]
 
 
 async def measure(figure: Figure, seed: int, numbers: Iterable[int], each: Callable[[Trial], None]) -> Outcome:
@@ -117,11 +141,20 @@ async def measure(figure: Figure, seed: int, numbers: Iterable[int], each: Calla
         async for trial in figure.run(Path(folder), seed, list(numbers)):
             outcome.trials.append(trial)
             each(trial)
-    outcome.misses = figure.judge(outcome.trials)
+    outcome.misses = figure.misses(outcome.trials)
     return outcome
 
 
 # -- what trials come to -------------------------------------------------------------------------------------------
+
+
+def _of_faults(trials: list[Trial]) -> list[Trial]:
+    """Without those that nothing was broken in, and the look for leaks at the end."""
+    return [trial for trial in trials if trial.number >= 0 and trial.struck != "nothing"]
+
+
+def _that_met(trials: list[Trial]) -> list[Trial]:
+    return [trial for trial in _of_faults(trials) if trial.struck is not None]
 
 
 def _answered_soon(trials: list[Trial]) -> list[str]:
@@ -136,13 +169,23 @@ def _few_calls(trials: list[Trial]) -> list[str]:
 
 
 def _little_added(trials: list[Trial]) -> list[str]:
+    added = _added(trials)
+    if added is None or added[0] <= ADDED_S:
+        return []
+    return [f"p95 grew by {added[0] * 1000:.0f} ms, from {added[1]:.2f} s"]
+
+
+def _added(trials: list[Trial]) -> tuple[float, float] | None:
+    """By how much the p95 of waits grew over that without a fault, and that."""
     calm = [wait for trial in trials if trial.struck == "nothing" for wait in trial.waits_s]
     rough = [wait for trial in trials if trial.struck != "nothing" for wait in trial.waits_s]
     before, after = quantile(calm, 0.95), quantile(rough, 0.95)
-    if before is None or after is None:
-        return []
-    added_s = after - before
-    return [f"p95 grew by {added_s * 1000:.0f} ms, from {before:.2f} s"] if added_s > ADDED_S else []
+    return None if before is None or after is None else (after - before, before)
+
+
+def _refused_soon(trials: list[Trial]) -> list[str]:
+    slowest_s = max((trial.figures.get("refused_s", 0.0) for trial in trials), default=0.0)
+    return [f"refused after {slowest_s:.2f} s while PostgreSQL was down"] if slowest_s > REFUSED_S else []
 
 
 # -- trials --------------------------------------------------------------------------------------------------------
@@ -219,6 +262,31 @@ def _postgres(trial_of: Callable[[Deployment, Trial], Any], kind: str, **options
     return run
 
 
+async def _matrix(folder: Path, seed: int, _numbers: Sequence[int]) -> Trials:
+    """Each row of the matrix in full, as a trial; one that is skipped did not keep anything."""
+    report = folder / "matrix.xml"
+    running = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "pytest", *MATRIX, "-q", "--timeout", "900", f"--junit-xml={report}"),
+        env={**os.environ, FULL: "1"}, cwd=ROOT, stdout=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    ended = await running.wait()
+    for trial in rows_of(report.read_text() if report.exists() else "<testsuite/>", seed, ended):
+        yield trial
+
+
+def rows_of(report: str, seed: int, ended: int) -> list[Trial]:
+    """A trial for each test of a report in JUnit's form, and one for a run that did not come to its end."""
+    trials = []
+    for number, row in enumerate(ET.fromstring(report).iter("testcase")):
+        wrong = [*row.iter("failure"), *row.iter("error"), *row.iter("skipped")]
+        trial = Trial("matrix", seed, number, struck=row.get("name"))
+        trial.violations = [f"{row.get('name')}: {each.get('message', each.tag)[:300]}" for each in wrong]
+        trials.append(trial)
+    if not trials or ended not in (0, 1):
+        trials.append(Trial("matrix", seed, len(trials), violations=[f"the tests ended with {ended}"]))
+    return trials
+
+
 async def _leaks(site: Deployment, seed: int) -> Trial:
     """Once at the end: what servers still hold."""
     trial = Trial("end", seed, -1)
@@ -240,18 +308,23 @@ def _how(*ways: str) -> Any:
 FIGURES = {
     figure.name: figure
     for figure in (
-        Figure("kill", "kill -9 of the leader, PostgreSQL", 200, 10, _on(True, _killed), _answered_soon),
-        Figure("stop", "the leader stopped past its lease, PostgreSQL", 100, 5, _on(True, _stopped), _few_calls),
-        Figure("sqlite-kill", "kill -9 of the leader, SQLite", 200, 5, _on(False, _killed), _answered_soon),
-        Figure("sqlite-stop", "the leader stopped past its lease, SQLite", 100, 3, _on(False, _stopped), _few_calls),
-        Figure("postgres", "PostgreSQL restarted", 15, 2, _postgres(storms.restart_postgres, "restart")),
+        # Some come before the turn has a leader or after its end; so many more are needed for those that count.
+        Figure("kill", "kill -9 of the leader, PostgreSQL", 220, 10, _on(True, _killed), _answered_soon, 200),
+        Figure("stop", "the leader stopped past its lease, PostgreSQL", 120, 5, _on(True, _stopped), _few_calls, 100),
+        Figure("sqlite-kill", "kill -9 of the leader, SQLite", 220, 5, _on(False, _killed), _answered_soon, 200),
+        Figure(
+            "sqlite-stop", "the leader stopped past its lease, SQLite", 120, 3, _on(False, _stopped), _few_calls, 100
+        ),
+        Figure("postgres", "PostgreSQL restarted", 15, 2, _postgres(storms.restart_postgres, "restart"), _refused_soon),
         Figure("disconnect", "all sessions ended", 100, 3, _postgres(storms.disconnect, "disconnect")),
         Figure("commit", "the answer to a COMMIT lost", 30, 3, _postgres(storms.lose_commit, "commit", between=True)),
-        Figure("redis-kill", "Redis killed under load", 20, 2, _how("killed"), _little_added),
-        Figure("redis-pause", "Redis paused for 5 s under load", 20, 1, _how("paused"), _little_added),
-        Figure("redis-flush", "Redis flushed under load", 20, 2, _how("flushed"), _little_added),
+        Figure("redis-kill", "Redis killed under load", 20, 2, _how("killed"), _little_added, 20),
+        Figure("redis-pause", "Redis paused for 5 s under load", 20, 1, _how("paused"), _little_added, 20),
+        Figure("redis-flush", "Redis flushed under load", 20, 2, _how("flushed"), _little_added, 20),
+        Figure("redis-down", "Redis killed and away for 30 s under load", 3, 0, _how("down"), _little_added, 3),
         Figure("redis-network", "the way to Redis late, lossy, reset, silent", 40, 4, _how(*NETWORK)),
         Figure("headline", "50 requests, Redis killed meanwhile", 100, 4, _headline),
+        Figure("matrix", "each row of the fault matrix", 1, 0, _matrix),
     )
 }
 """Every figure by its name."""

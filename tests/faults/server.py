@@ -10,8 +10,11 @@ Settings are those of the server, in `ONCEWISE_*`. The fault is named by the env
 CRASH_AT       a `Point`; the process is killed there, or stopped where the name says `pause`
 CRASH_AFTER_MS for `mid_stream`: milliseconds from the start of the call (400)
 ============== ====================================================================================================
+
+SIGUSR2 makes it print how many tasks it has.
 """
 
+import asyncio
 import ctypes
 import inspect
 import os
@@ -160,7 +163,12 @@ class _Telling(Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         assert sockets
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, _tell_tasks)
         print(f"API http://127.0.0.1:{sockets[0].getsockname()[1]}/", flush=True)
+
+
+def _tell_tasks() -> None:
+    print(f"tasks {len(asyncio.all_tasks())}", flush=True)
 
 
 def main() -> None:

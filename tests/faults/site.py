@@ -30,10 +30,12 @@ from tests.support.postgres import PostgresServer, own_server
 from tests.support.redis_server import RedisServer
 from tests.support.server import ServerProcess
 
-__all__ = ["Deployment", "Member", "Rows", "deployment"]
+__all__ = ["Deployment", "Member", "Rows", "deployment", "leaks_of"]
 
 RSS_LIMIT_BYTES = 250 * 2**20
 FILES_LIMIT = 200
+TASKS_LIMIT = 60
+"""A server that nobody asks has about twenty."""
 
 
 class Member(ServerProcess):
@@ -68,6 +70,15 @@ class Member(ServerProcess):
             return
         while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
             await asyncio.sleep(0.01)
+
+    async def tasks(self) -> int:
+        """How many tasks its event loop has."""
+        seen = len(self.lines)
+        self.signal(signal.SIGUSR2)
+        async with asyncio.timeout(5):
+            while not (said := [line for line in self.lines[seen:] if line.startswith("tasks ")]):
+                await asyncio.sleep(0.01)
+        return int(said[0].split()[1])
 
     @property
     def open_files(self) -> int:
@@ -195,7 +206,7 @@ class Deployment:
         found: list[str] = []
         with suppress(TimeoutError):
             async with asyncio.timeout(12):
-                while found := [leak for member in self.members if member.alive for leak in await _leaks(member)]:
+                while found := [leak for member in self.members if member.alive for leak in await leaks_of(member)]:
                     await asyncio.sleep(0.3)
         return found
 
@@ -207,7 +218,8 @@ class Deployment:
             await self.database.aclose()
 
 
-async def _leaks(member: Member) -> list[str]:
+async def leaks_of(member: Member) -> list[str]:
+    """What one server holds beyond its bounds, in words."""
     text = (await member.ask("GET", "/metrics", headers=())).body.decode()
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     live = ("oncewise_live_flights", "oncewise_live_viewers")
@@ -216,6 +228,8 @@ async def _leaks(member: Member) -> list[str]:
         found.append(f"{member.rss_bytes / 2**20:.0f} MiB")
     if member.open_files > FILES_LIMIT:
         found.append(f"{member.open_files} open files")
+    if (tasks := await member.tasks()) > TASKS_LIMIT:
+        found.append(f"{tasks} tasks")
     return [f"{member.owner}: {leak}" for leak in found]
 
 

@@ -216,22 +216,22 @@ async def load(
 
 
 async def trouble_redis(site: Deployment, trial: Trial, how: str) -> Trial:
-    """Redis `killed`, `paused` for five seconds or `flushed` under load, or the way to it `late`, `lossy`, `reset` or
-    `silent` for a while, or `nothing`: no request may notice.
+    """Redis `killed`, `down` for half a minute, `paused` for five seconds or `flushed` under load, or the way to it
+    `late`, `lossy`, `reset` or `silent` for a while, or `nothing`: no request may notice.
     """
     assert site.redis is not None
     chance = trial.random
-    paused_s = 5.0 if how == "paused" else 0.0
-    loading = asyncio.ensure_future(load(site, trial, 2.5 + paused_s))
+    away_s = {"paused": 5.0, "down": 30.0}.get(how, 0.0)
+    loading = asyncio.ensure_future(load(site, trial, 2.5 + away_s))
     await asyncio.sleep(chance.uniform(0.3, 1.5))
     trial.struck = how
-    if how == "killed":
+    if how in ("killed", "down"):
         site.redis.kill()
-        await asyncio.sleep(chance.uniform(0.3, 1.5))
+        await asyncio.sleep(away_s or chance.uniform(0.3, 1.5))
         await asyncio.to_thread(site.redis.start)
     elif how == "paused":
         site.redis.pause()
-        await asyncio.sleep(paused_s)
+        await asyncio.sleep(away_s)
         site.redis.resume()
     elif how == "flushed":
         site.redis.flush()
@@ -268,8 +268,13 @@ async def restart_postgres(site: Deployment, trial: Trial) -> Trial:
     await asyncio.sleep(chance.uniform(0.2, 1.4))
     trial.struck, fault_s = "restarted", loop.time()
     await asyncio.to_thread(site.postgres.stop, signal.SIGQUIT)
-    refused = await asyncio.gather(*(_refused(member, ask) for member, ask in zip(site.members, probed, strict=True)))
-    await asyncio.sleep(chance.uniform(0.0, 1.0))
+    refused: list[tuple[float, int]] = []
+    down_s = chance.uniform(0.0, 1.0)
+    while not refused or loop.time() - fault_s < down_s:
+        # All the time, not only at its beginning: what a server does about it may be what takes long.
+        asking = (_refused(member, ask) for member, ask in zip(site.members, probed, strict=True))
+        refused += await asyncio.gather(*asking)
+        await asyncio.sleep(0.1)
     await asyncio.to_thread(site.postgres.start)
     began_s = loop.time()
     await loading
@@ -277,8 +282,8 @@ async def restart_postgres(site: Deployment, trial: Trial) -> Trial:
     trial.figures["refused_s"] = max(seconds for seconds, _ in refused)
     trial.figures["recovered_s"] = max(0.0, max(_ends(trial.history)) - began_s)
     for seconds, status in refused:
-        # As a caller sees it; the machine's own delay is no part of the promise, but cannot be taken out.
-        if status != 503 or seconds > 1.5:
+        # How soon is judged over all trials: it is a caller's time, with the delay of a busy machine in it.
+        if status != 503:
             trial.violations.append(f"while PostgreSQL was down: {status} after {seconds:.2f} s")
     return await judge(site, trial)
 

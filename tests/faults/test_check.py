@@ -10,7 +10,7 @@ from oncewise.model import TurnAsk
 from oncewise.storage.rows import ask_columns
 from tests.faults.check import violations
 from tests.faults.clients import Ask, History, Told
-from tests.faults.site import Rows
+from tests.faults.site import Rows, deployment, leaks_of
 from tests.support.fake_provider import Call
 
 ASK = Ask("acme", "thread-1", "acme asks: five bullets", "n3")
@@ -206,6 +206,23 @@ def a_strangers_row(case: Case) -> None:
     case.turns[0].org_id = "other"
 
 
+def a_strangers_message(case: Case) -> None:
+    case.messages[1].org_id = "other"
+
+
+def lost_in_the_middle(case: Case) -> None:
+    case.end("interrupted", TEXT[:20])
+    case.told[1].text = TEXT[20:]
+
+
+def never_asked(case: Case) -> None:
+    case.calls = []
+
+
+def told_to_nobody(case: Case) -> None:
+    case.told.pop()
+
+
 def an_open_turn(case: Case) -> None:
     case.add_turn(state="streaming", done_at_ms=None)
     case.messages = case.messages[:2]
@@ -220,10 +237,10 @@ PLANTED = {
     "I1": [lost_row, lost_pair, undone, half_a_pair],
     "I2": [two_pairs, two_turns, a_gap, user_after_user],
     "I3": [another_text, another_end, a_mixture, cut_short],
-    "I4": [more_calls_than_epochs, a_call_off_the_record, a_second_call_for_nothing],
-    "I5": [a_client_waits, a_client_waits_long, a_client_is_sent_away],
-    "I6": [a_piece_twice, a_malformed_stream, a_stranger_in_the_partial, silently_replaced],
-    "I7": [a_strangers_answer, a_strangers_row],
+    "I4": [never_asked, more_calls_than_epochs, a_call_off_the_record, a_second_call_for_nothing],
+    "I5": [told_to_nobody, a_client_waits, a_client_waits_long, a_client_is_sent_away],
+    "I6": [lost_in_the_middle, a_piece_twice, a_malformed_stream, a_stranger_in_the_partial, silently_replaced],
+    "I7": [a_strangers_answer, a_strangers_row, a_strangers_message],
     "I8": [an_open_turn, a_flight_that_stays],
 }
 
@@ -237,6 +254,47 @@ def test_a_planted_violation_is_found(name, plant):
     case = Case()
     plant(case)
     assert any(seen.startswith(f"{name} ") for seen in case.seen()), case.seen()
+
+
+class Server:
+    """What a member of a deployment says of itself when nobody asks it anything."""
+
+    owner = "worker-1"
+
+    def __init__(self, rss_mib: int = 120, open_files: int = 40, tasks: int = 20, flights: int = 0, viewers: int = 0):
+        self.rss_bytes = rss_mib * 2**20
+        self.open_files = open_files
+        self._tasks = tasks
+        self._metrics = f"# HELP\noncewise_live_flights {flights}.0\noncewise_live_viewers {viewers}.0\n"
+
+    async def tasks(self) -> int:
+        return self._tasks
+
+    async def ask(self, *_request: Any, **_more: Any) -> Any:
+        return SimpleNamespace(body=self._metrics.encode())
+
+
+@pytest.mark.parametrize(
+    ("held", "leak"),
+    [
+        ({}, []),
+        ({"flights": 1}, ["worker-1: oncewise_live_flights 1.0"]),
+        ({"viewers": 2}, ["worker-1: oncewise_live_viewers 2.0"]),
+        ({"rss_mib": 251}, ["worker-1: 251 MiB"]),
+        ({"open_files": 201}, ["worker-1: 201 open files"]),
+        ({"tasks": 61}, ["worker-1: 61 tasks"]),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, dict) else "",
+)
+async def test_what_a_server_still_holds_is_found(held, leak):
+    assert await leaks_of(Server(**held)) == leak
+
+
+async def test_a_server_says_how_many_tasks_it_has(tmp_path):
+    """About twenty: far below what is a leak, so that one of a few dozen is seen."""
+    async with deployment(tmp_path, 1, postgres=False) as site:
+        assert 1 < await site.members[0].tasks() <= 40
+        assert await site.leaks() == []
 
 
 def test_the_history_is_written_without_texts(tmp_path):

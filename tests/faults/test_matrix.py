@@ -1,6 +1,9 @@
 """The fault matrix, row by row: what is broken, and what of it is seen.
 
-F07, F09, F24 to F26, F28, F30, F32 and F33 break the same thing many times (`tests.faults.figures`). F19 is
+Some rows are smaller here than the matrix has them; `python -m tests.faults --figures matrix` runs all in full.
+
+F07, F09, F24 to F26, F28, F30, F32 and F33, and twenty of each of F01 and F03 to F06, break the same thing many times
+(`tests.faults.figures`). F19 is
 `test_two_hundred_clients_that_never_read_cost_the_others_nothing` and F43, a row for each way in which a provider can
 fail, `tests/acceptance/test_fault_matrix.py`.
 """
@@ -16,6 +19,7 @@ import signal
 import sqlite3
 import time
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -30,6 +34,7 @@ from oncewise.settings import ProviderSettings, Settings
 from oncewise.storage.engines import open_database
 from tests.faults.check import calls_of, violations
 from tests.faults.clients import Ask, History, JsonClient, SseClient
+from tests.faults.figures import FULL
 from tests.faults.server import FailingDatabase, Point
 from tests.faults.site import Deployment, Member, deployment
 from tests.faults.storms import GENERATION_S, Trial, crowd, judge, kill, new_ask, served
@@ -40,6 +45,11 @@ from tests.support.server import serve_process
 from tests.support.watching import terminal, text_of, until, watching
 
 pytestmark = pytest.mark.slow
+
+
+def sized(few: int, full: int) -> int:
+    """How many: for the test suite, and as the matrix says."""
+    return full if FULL in os.environ else few
 
 
 @pytest.fixture
@@ -115,23 +125,25 @@ def _first_after_s(trial: Trial) -> float:
 async def test_all_are_killed_and_started_again(tmp_path, chance):
     """F08: who comes back is answered; what nobody waits for any more is ended a lease and some seconds later."""
     async with deployment(tmp_path, 2, lease_s=2) as site:
-        trial = Trial("matrix", 1, 8)
-        ask, left = await new_ask(site, chance), await new_ask(site, chance, "hang")
-        serving = asyncio.ensure_future(served(crowd(site, trial.history, ask, chance), chance))
-        leaving = asyncio.ensure_future(post(site.members[0], left))
-        await until(lambda: site.provider.count == 2)
-        await asyncio.sleep(0.3)
-        for member in site.members:
-            member.strike()
-        await asyncio.gather(leaving, return_exceptions=True)
-        await asyncio.gather(*(site.restart(place) for place in range(2)))
-        began_s = time.monotonic()
-        await serving
-        assert await site.settle([left.thread], 15)
-        # The lease, three seconds for those who may wait, and a sweep that comes once in a lease.
-        assert time.monotonic() - began_s < 2 + 3 + 2 + 3
-        await judge(site, trial)
-        assert trial.violations == []
+        for number in range(sized(1, 10)):
+            trial = Trial("matrix", 1, 80 + number)
+            before = site.provider.count
+            ask, left = await new_ask(site, chance), await new_ask(site, chance, "hang")
+            serving = asyncio.ensure_future(served(crowd(site, trial.history, ask, chance), chance))
+            leaving = asyncio.ensure_future(post(site.members[0], left))
+            await until(lambda before=before: site.provider.count == before + 2)
+            await asyncio.sleep(0.3)
+            for member in site.members:
+                member.strike()
+            await asyncio.gather(leaving, return_exceptions=True)
+            await asyncio.gather(*(site.restart(place) for place in range(2)))
+            began_s = time.monotonic()
+            await serving
+            assert await site.settle([left.thread], 15)
+            # The lease, three seconds for those who may wait, and a sweep that comes once in a lease.
+            assert time.monotonic() - began_s < 2 + 3 + 2 + 3
+            await judge(site, trial)
+            assert trial.violations == []
 
 
 async def test_a_server_that_is_asked_to_stop_under_twenty_streams(tmp_path, chance):
@@ -189,8 +201,8 @@ async def test_one_worker_of_two_dies_again_and_again(tmp_path, chance):
                 answered.append(status)
 
         asking = [asyncio.ensure_future(ask(number)) for number in range(4)]
-        for _ in range(5):
-            await asyncio.sleep(1.2)
+        for _ in range(sized(5, 24)):
+            await asyncio.sleep(1.2 if FULL not in os.environ else 5.0)
             workers = [child for child in supervisor.children() if "oncewise.cli.worker" in " ".join(child.cmdline())]
             chance.choice(workers).kill()
         await asyncio.sleep(1.0)
@@ -221,8 +233,8 @@ async def test_the_clock_of_one_server_is_wrong(tmp_path, chance, skew_s):
         await site.restart(
             1, LD_PRELOAD=library, FAKETIME=f"{skew_s:+d}", FAKETIME_DONT_FAKE_MONOTONIC="1", FAKETIME_NO_CACHE="1"
         )
-        for number in range(3):
-            trial = Trial("matrix", 1, 41 + number)
+        for number in range(sized(1, 8)):
+            trial = Trial("matrix", 1, 410 + number)
             ask = await new_ask(site, chance, "n30-gap100")
             await served(crowd(site, trial.history, ask, chance), chance)
             await judge(site, trial, broken=False)
@@ -253,7 +265,8 @@ async def test_clients_leave(tmp_path, chance):
         await staying
         assert {told.state for told in history.told} == {"completed"}
         assert len(calls_of(ask, site.provider.calls)) == 1
-        for keeps_on, state in (("continue", "completed"), ("cancel", "cancelled")):
+        ends = [("continue", "completed"), ("cancel", "cancelled")] * sized(1, 8)
+        for keeps_on, state in ends:
             for member in (here, there):
                 ask = await new_ask(site, chance, "n40-gap50")
                 path = f"/api/threads/{ask.thread}/messages/stream"
@@ -329,7 +342,7 @@ async def test_streams_are_taken_up_again_from_anywhere_on_any_server(tmp_path, 
             await asyncio.gather(*resuming)
             whole = leading.text
         positions = [event.id for event in leading.events if event.name == "delta"]
-        for _ in range(100):
+        for _ in range(sized(100, 500)):
             number = chance.randrange(len(positions))
             shown = text_of([event for event in leading.events if event.name == "delta"][: number + 1])
             await resume(chance.choice(site.members), shown, positions[number])
@@ -342,26 +355,37 @@ async def test_crowds_that_only_cost(tmp_path, chance):
     """F23: connections that never say what they want, and thousands of messages that nobody asked before."""
     async with deployment(tmp_path, 1, postgres=False) as site:
         member = site.members[0]
-        ask = await new_ask(site, chance, "n2")
-        await post(member, ask)
+        before_s = await _p95_of_good_clients(site, chance)
         before_bytes = member.rss_bytes
-        slow = await asyncio.gather(*(member.connect() for _ in range(500)))
+        slow = await asyncio.gather(*(member.connect() for _ in range(sized(500, 1000))))
         for _, writer in slow:
             writer.write(b"GET /health HTTP/1.1\r\nhost: ")
-        took_s = []
-        for _ in range(40):
-            began_s = time.monotonic()
-            asked = [await new_ask(site, chance, "n1") for _ in range(5)]
-            replies = await asyncio.gather(*(post(member, each) for each in asked))
-            took_s.append(time.monotonic() - began_s)
-            assert {reply.status for reply in replies} == {200}
-        assert sorted(took_s)[-3] < 1.0
+        opened_s = time.monotonic()
+        # And a floor, below which a machine that is others' too cannot be measured.
+        assert await _p95_of_good_clients(site, chance) < max(2 * before_s, 0.2)
         async with asyncio.timeout(20):
             assert all(await asyncio.gather(*(_closed(reader) for reader, _ in slow)))
+        assert time.monotonic() - opened_s < 15 + 2
         for _, writer in slow:
             writer.close()
+        for _ in range(sized(4, 200)):
+            asked = [await new_ask(site, chance, "n1") for _ in range(10)]
+            keyed = [replace(each, key=f"key-{number}") for each in asked for number in range(5)]
+            replies = await asyncio.gather(*(post(member, each) for each in keyed))
+            assert {reply.status for reply in replies} == {200}
         assert await site.leaks() == []
         assert member.rss_bytes < before_bytes * 1.1 + 30 * 2**20
+
+
+async def _p95_of_good_clients(site: Deployment, chance: random.Random) -> float:
+    took_s = []
+    for _ in range(40):
+        asked = [await new_ask(site, chance, "n1") for _ in range(5)]
+        began_s = time.monotonic()
+        replies = await asyncio.gather(*(post(site.members[0], each) for each in asked))
+        took_s.append(time.monotonic() - began_s)
+        assert {reply.status for reply in replies} == {200}
+    return sorted(took_s)[-3]
 
 
 async def _closed(reader: asyncio.StreamReader) -> bool:
@@ -439,7 +463,54 @@ async def test_the_disk_is_full(chance):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize(("held_s", "status"), [(2.0, 200), (8.0, 503)])
+async def test_the_disk_is_full_when_the_log_is_folded_into_the_file(chance):
+    """F37, in a checkpoint: turns are stored in the log as long as that has room; then told, and nothing is lost."""
+    folder = Path(roomy() or ".") / f"oncewise-folding-{os.getpid()}"
+    folder.mkdir()
+    try:
+        async with deployment(folder, 1, postgres=False) as site:
+            member = site.members[0]
+            stored: list[Ask] = []
+
+            async def send() -> tuple[int, str | None]:
+                ask = replace(await new_ask(site, chance, "n2"), content="x" * 150_000)
+                reply = await post(member, ask)
+                if reply.status == 200:
+                    stored.append(ask)
+                return reply.status, None if reply.status == 200 else reply.code
+
+            # A file that is larger than its log is when that is folded, so that the limit is met by the file first.
+            while (file := folder / "ow.db").stat().st_size < 12 * 2**20:
+                assert await send() == (200, None)
+            size = file.stat().st_size
+            readable(member).rlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            before = len(stored)
+            while (told := await send()) == (200, None):
+                assert len(stored) < before + 100
+            assert told == (507, "storage_full")
+            assert len(stored) > before
+            assert (folder / "ow.db-wal").stat().st_size > 5 * 2**20, "the log was not too long to be folded"
+            assert file.stat().st_size == size
+            await _all_are_read(member, stored)
+            readable(member).rlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            async with asyncio.timeout(5):
+                while await send() != (200, None):
+                    await asyncio.sleep(0.1)
+            await _all_are_read(member, stored)
+            await _all_are_read(await site.restart(0), stored)
+            assert file.stat().st_size > size
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _all_are_read(member: Member, stored: list[Ask]) -> None:
+    for ask in stored:
+        read = await member.ask("GET", f"/api/threads/{ask.thread}", headers=ask.headers)
+        assert [message["role"] for message in read.json()["messages"]] == ["user", "assistant"]
+        assert read.json()["messages"][0]["content"] == ask.content
+
+
+@pytest.mark.parametrize(("held_s", "status"), [(3.0, 200), (8.0, 503)])
 async def test_another_program_holds_the_lock_of_the_file(tmp_path, chance, held_s, status):
     """F39: waited for five seconds, then told; whatever needs no writing is answered at once meanwhile."""
     async with deployment(tmp_path, 1, postgres=False) as site:

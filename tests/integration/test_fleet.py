@@ -192,6 +192,33 @@ async def test_a_follower_hears_soon_of_an_end_while_the_quick_way_is_away(quick
     await quick.settled()
 
 
+async def test_a_stream_elsewhere_ends_at_once_when_the_quick_way_is_late(quick):
+    """Its last words are taken from the row, for those of the relay may never come; also if that is found out late."""
+    quick.provider.gap_s = 0.02
+    thread = await quick.lead.thread()
+    leading = await stream(quick.lead, thread)
+    await admitted(quick.lead, thread)
+    following = await stream(quick.other, thread)
+    remotes = quick.other.turns.remotes
+    quick.provider.go.set()
+    await until(lambda: len(following.events) > 5)
+    # It hangs, and nobody knows: what is said from now on is not heard.
+    (remote,) = remotes._turns.values()
+    remote._following._mirror.close()
+
+    await leading.rest()
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+    await until(lambda: remote.row.state.final)
+    remotes.look_again()
+    await following.rest()
+
+    assert loop.time() - began_s < 0.15
+    assert text_of(following.events) == quick.provider.text
+    assert terminal(following.events).raw == terminal(leading.events).raw
+    await quick.settled()
+
+
 async def test_many_turns_that_are_followed_meanwhile_do_not_become_many_queries(quick):
     """Five hundred looks a second, whatever there is to look at."""
     remotes = quick.other.turns.remotes
@@ -582,7 +609,7 @@ async def test_turns_of_two_workers_run_in_the_order_they_came(pair):
         desk = (pair.lead, pair.other)[number % 2]
         tasks.append(asyncio.create_task(ask_as(desk, thread, str(number), content=f"q{number}")))
         async with asyncio.timeout(5):
-            while not (tasks[-1].done() or len(desk.turns._runs) > number // 2):
+            while not (tasks[-1].done() or len(desk.turns.runs.led) > number // 2):
                 await asyncio.sleep(0.002)
     await pair.provider.started.wait()
     began_s = asyncio.get_running_loop().time()

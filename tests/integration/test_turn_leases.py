@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from oncewise.errors import LeaderLost, ProviderError, StorageUnavailable
-from oncewise.model import Answer, FinishReason, TurnClaim, TurnState, Usage
+from oncewise.model import Answer, FinishReason, Heartbeat, TurnClaim, TurnState, Usage
 from tests.support.ledgers import DisturbedLedger
 from tests.support.scripted import Desk, ScriptedProvider, open_desk
 
@@ -121,7 +121,7 @@ async def test_a_viewer_that_comes_after_the_first_delta_waits_for_the_mark(tmp_
     async with open_desk(tmp_path / "ow.db", provider, ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
         caller, claim = await leading(desk, thread)
-        run = desk.turns.run_of(thread.org_id, claim.turn_id)
+        run = desk.turns.runs.of(thread.org_id, claim.turn_id)
         while not run.log.deltas:
             await asyncio.sleep(0.01)
         mark = desk.ledger.hold_before("mark_visible")
@@ -178,7 +178,7 @@ async def test_a_turn_that_another_owner_ended_is_told_as_that_one_ended_it(held
     """Callers and viewers alike; the log says so and is kept, instead of being cut off."""
     thread = await held.thread()
     caller, claim = await leading(held, thread)
-    log = await held.turns.run_of(thread.org_id, claim.turn_id).watch()
+    log = await held.turns.runs.of(thread.org_id, claim.turn_id).watch()
     taken = await taken_over(held, claim)
     held.provider.go.set()
     lost = LeaderLost().failure()
@@ -296,12 +296,12 @@ async def test_a_fence_does_not_cut_into_the_telling_of_an_end(brief, stage):
 
 async def test_a_failure_that_cannot_be_stored_is_told_all_the_same(brief):
     """As what it was, once patience has run out; the row is left to the sweeper, and viewers have their end."""
-    brief.turns.rules = replace(brief.turns.rules, commit_patience_s=0.1)
+    brief.turns.runs.rules = replace(brief.turns.runs.rules, commit_patience_s=0.1)
     thread = await brief.thread()
     brief.provider.failures = [(1, ProviderError("no", retryable=False))]
     brief.ledger.fail("end", StorageUnavailable(), times=9)
     caller, claim = await leading(brief, thread)
-    log = await brief.turns.run_of(thread.org_id, claim.turn_id).watch()
+    log = await brief.turns.runs.of(thread.org_id, claim.turn_id).watch()
     brief.provider.go.set()
 
     assert (await caller).code == "provider_error"
@@ -317,7 +317,7 @@ async def test_shown_text_of_a_lost_owner_is_kept_and_not_replaced(held):
     """The turn is interrupted with its partial, without another call."""
     thread = await held.thread()
     claim = await lost(held, thread)
-    await held.ledger.beat(claim, lease_s=0.0, partial="so far", partial_seq=2)
+    await held.ledger.beat([Heartbeat(claim, "so far", 2)], lease_s=0.0)
     await held.ledger.mark_visible(claim)
 
     error = await held.outcome(thread)
@@ -345,6 +345,55 @@ async def test_a_takeover_waits_for_a_database_that_is_busy(held, operation, tim
 
     assert (await waiting).stored.state is TurnState.COMPLETED
     assert len(held.provider.calls) == 1
+
+
+@pytest.mark.parametrize("looks_first", [True, False])
+async def test_a_viewer_that_comes_while_a_turn_is_taken_over_sees_it_to_its_end(held, looks_first):
+    """The row says already that this process leads it, under an epoch of which nobody here has begun to tell."""
+    thread = await held.thread()
+    claim = await lost(held, thread)
+    await held.ledger.beat([Heartbeat(claim, "never shown", 2)], lease_s=0.0)
+    gate = held.ledger.hold_before("position")
+    waiting = asyncio.create_task(held.post(thread))
+    await gate.reached.wait()
+    turn = await held.ledger.turn(thread.org_id, thread.id, claim.turn_id)
+    remote = held.turns.runs.remotes.look_at(turn)
+    if looks_first:
+        log = await remote.watch()
+    for _ in range(2):
+        remote.look()
+        await remote.news()
+    if not looks_first:
+        log = await remote.watch()
+    gate.open.set()
+    held.provider.go.set()
+
+    result = await waiting
+
+    assert (result.stored.state, result.stored.epoch) == (TurnState.COMPLETED, 2)
+    assert (log.epoch, log.text, log.closed) == (2, result.stored.assistant_message.content, True)
+
+
+async def test_who_loses_a_turn_while_taking_it_over_follows_whoever_has_it(held):
+    """It was slow for longer than its lease, and another process has begun to tell the turn under its own epoch."""
+    thread = await held.thread()
+    claim = await lost(held, thread)
+    gate = held.ledger.hold_before("position")
+    waiting = asyncio.create_task(held.told(thread))
+    await gate.reached.wait()
+    theirs = await taken_over(held, replace(claim, epoch=2))
+    turn = await held.ledger.turn(thread.org_id, thread.id, claim.turn_id)
+    remote = held.turns.runs.remotes.look_at(turn)
+    remote.look()
+    await remote.news()
+    gate.open.set()
+    await asyncio.sleep(0.05)
+    await held.ledger.commit(theirs, answer("theirs"))
+
+    result, role = await waiting
+
+    assert (result.stored.assistant_message.content, role) == ("theirs", "follower")
+    assert held.provider.calls == []
 
 
 async def test_a_lost_turn_is_ended_by_a_database_that_is_busy(held):
@@ -375,8 +424,8 @@ async def test_looking_again_and_again_for_a_place_holds_nothing(held):
     thread = await held.thread()
     claim = await lost(held, thread)
     for _ in range(3):
-        await held.turns.turn_ended(claim, 0.001)
-    assert [gate for gates in held.turns._gates.values() for gate in gates] == []
+        await held.turns.runs.turn_ended(claim, 0.001)
+    assert [gate for gates in held.turns.runs._gates.values() for gate in gates] == []
 
 
 async def test_a_living_owner_elsewhere_is_waited_for(held):
@@ -416,7 +465,7 @@ async def test_a_turn_is_handed_back_with_what_was_shown(tmp_path):
     async with open_desk(tmp_path / "ow.db", provider, ledger=DisturbedLedger) as desk:
         thread = await desk.thread()
         caller, claim = await leading(desk, thread)
-        run = desk.turns.run_of(thread.org_id, claim.turn_id)
+        run = desk.turns.runs.of(thread.org_id, claim.turn_id)
         viewer = (await run.watch()).view()
         provider.gap_s = 60.0
         assert await viewer.wait(1.0)
@@ -433,7 +482,7 @@ async def test_a_fence_and_a_stop_at_once_hold_up_no_shutdown(held):
     thread = await held.thread()
     caller, claim = await leading(held, thread)
     await taken_over(held, claim)
-    held.turns.run_of(thread.org_id, claim.turn_id)._fence()
+    held.turns.runs.of(thread.org_id, claim.turn_id)._fence()
 
     async with asyncio.timeout(5):
         await held.turns.aclose(0.0)

@@ -33,6 +33,7 @@ from oncewise.model import (
     ChatMessage,
     ChatRequest,
     FinishReason,
+    Heartbeat,
     MessageStatus,
     OnBusy,
     OnDisconnect,
@@ -46,7 +47,7 @@ from oncewise.ports import TextDelta
 from oncewise.providers.call import Timers
 from oncewise.providers.openai_compatible import OpenAICompatibleProvider
 from oncewise.service.calls import Calls
-from oncewise.service.turns import TurnRun
+from oncewise.service.turn_runs import TurnRun
 from oncewise.storage.threads import SqlThreadStore
 from tests.support.fake_provider import FakeProvider
 from tests.support.ledgers import DisturbedLedger
@@ -888,7 +889,7 @@ async def test_a_turn_that_its_process_left_open_can_be_cancelled(tmp_path):
         lead = await desk.ledger.admit(
             desk.ask(thread), owner="lost", lease_s=0.05, replay_window_s=30.0, queue_limit=32
         )
-        await desk.ledger.beat(lead.claim, lease_s=0.05, partial="so far", partial_seq=2)
+        await desk.ledger.beat([Heartbeat(lead.claim, "so far", 2)], lease_s=0.05)
 
         turn = await desk.threads.cancel_turn(thread.org_id, thread.id, lead.claim.turn_id)
 
@@ -924,7 +925,7 @@ async def test_an_impatient_message_stops_only_the_one_that_runs(held):
     running = asyncio.create_task(held.outcome(thread, "one"))
     await held.provider.started.wait()
     waiting = asyncio.create_task(held.post(thread, "two"))
-    await until(lambda: len(held.turns._runs) == 2)
+    await until(lambda: len(held.turns.runs.led) == 2)
     impatient = asyncio.create_task(held.post(thread, "three", on_busy=OnBusy.INTERRUPT))
     assert (await running).code == "turn_cancelled"
     held.provider.go.set()
@@ -941,7 +942,7 @@ async def test_the_first_reason_to_stop_is_the_one_that_counts(held):
     caller = asyncio.create_task(held.outcome(thread))
     await held.provider.started.wait()
     turn = await held.threads.active(thread.org_id, thread.id)
-    run = held.turns.run_of(thread.org_id, turn.id)
+    run = held.turns.runs.of(thread.org_id, turn.id)
     held.provider.go.set()
     while not run.log.deltas:
         await asyncio.sleep(0.005)
@@ -1102,7 +1103,7 @@ async def fenced(desk: Desk, thread: Thread) -> tuple[TurnRun, TurnClaim]:
     """The run of a thread's active turn, and the claim of the owner that took the turn from it."""
     await desk.provider.started.wait()
     turn = await desk.ledger.active(thread.org_id, thread.id)
-    run = desk.turns.run_of(thread.org_id, turn.id)
+    run = desk.turns.runs.of(thread.org_id, turn.id)
     await desk.ledger.release(run._claim)
     taken = await desk.ledger.take_over(run._claim, owner="other", lease_s=10.0)
     assert taken is not None
@@ -1169,7 +1170,7 @@ async def test_a_turn_that_outlived_its_lease_is_ended_by_its_owner(tmp_path):
         await desk.provider.started.wait()
         turn = await desk.ledger.active(thread.org_id, thread.id)
 
-        desk.turns.run_of(thread.org_id, turn.id)._fence()
+        desk.turns.runs.of(thread.org_id, turn.id)._fence()
 
         assert (await caller).code == "leader_lost"
         assert (await desk.ledger.turn(thread.org_id, thread.id, turn.id)).state is TurnState.INTERRUPTED

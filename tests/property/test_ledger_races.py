@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from oncewise.model import StoredTurn, TurnClaim, TurnState
+from oncewise.model import Heartbeat, StoredTurn, TurnClaim, TurnState
 from oncewise.ports import Follow, Lead, Replay
 from tests.support.storage import ENGINES, LEASE_S, LOST, Storage, answer, ask, beside
 
@@ -84,7 +84,7 @@ class Race:
             if taken is not None:
                 self.claims.append(taken)
         elif name == "beat":
-            await ledger.beat(claim, lease_s=LEASE_S, partial="par", partial_seq=1)
+            await ledger.beat([Heartbeat(claim, "par", 1)], lease_s=LEASE_S)
         else:
             await ledger.mark_visible(claim)
 

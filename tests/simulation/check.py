@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from oncewise.api.answers import terminal_position
+from oncewise.errors import FlightFailed
 from oncewise.model import ChatRequest, MessageStatus, StoredTurn, TurnState
 from tests.simulation.fleet import CallClient, Client, Fleet
 
@@ -130,6 +131,8 @@ def _everybody_is_answered(fleet: Fleet) -> Iterator[str]:
     if waiting:
         yield f"I5 {waiting} clients wait for ever"
     for client in fleet.clients:
+        if client.told is not None and client.told.state == FlightFailed.code:
+            yield f"I5 told of a fault of the program: {client.told.turn_id or client.ask.content}"
         if client.told is not None and not fleet.broke and client.told.state != TurnState.COMPLETED:
             yield f"I5 {client.told.state}, and nothing broke"
 

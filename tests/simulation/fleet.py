@@ -35,7 +35,8 @@ from oncewise.service.completions import CompletionAsk, Completions, Wish
 from oncewise.service.fleet import Fleet as Among
 from oncewise.service.model_names import ModelNames
 from oncewise.service.threads import Threads
-from oncewise.service.turns import TurnRules, Turns, TurnTicket
+from oncewise.service.turn_runs import TurnRules
+from oncewise.service.turns import Turns, TurnTicket
 from tests.simulation.between import Between, WayThere
 from tests.simulation.ledger import Records
 from tests.simulation.world import Machine, World

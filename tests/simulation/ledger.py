@@ -7,7 +7,7 @@ fleet, and has a network in between.
 Deliberately absent: waiting, loss and time. The clock is passed in, and may be stepped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -16,6 +16,7 @@ from oncewise.model import (
     Answer,
     ChatMessage,
     FinishReason,
+    Heartbeat,
     Message,
     MessageStatus,
     OnBusy,
@@ -167,12 +168,15 @@ class Records:
             self._put(replace(turn, visible=True, state=TurnState.STREAMING))
         return turn is not None
 
-    def beat(self, claim: TurnClaim, *, lease_s: float, partial: str, partial_seq: int) -> bool:
+    def beat(self, beats: Sequence[Heartbeat], *, lease_s: float) -> Mapping[TurnClaim, bool]:
         """See `TurnLedger.beat`."""
-        turn = self._claimed(claim)
+        return {beat.claim: self._beaten(beat, lease_s) for beat in beats}
+
+    def _beaten(self, beat: Heartbeat, lease_s: float) -> bool:
+        turn = self._claimed(beat.claim)
         if turn is not None:
             self._leases[turn.id] = self._now_s() + lease_s
-            self._put(replace(turn, partial=partial, partial_seq=partial_seq))
+            self._put(replace(turn, partial=beat.partial, partial_seq=beat.partial_seq))
         return turn is not None
 
     def commit(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:

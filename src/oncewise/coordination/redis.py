@@ -197,7 +197,7 @@ class _Limiter:
     async def reserve(self) -> float:
         """See `StartLimiter.reserve`."""
         delay_us, self._booked = await self._link.run(
-            _RESERVE, self._keys, self._spacing_us, self._slack_us, self._window, round(SECOND_S * 1e6)
+            _RESERVE, self._keys, self._spacing_us, self._slack_us, self._window, round(SECOND_S * 1e6), hasty=True
         )
         return float(delay_us) / 1e6
 
@@ -240,7 +240,8 @@ class _Slots:
         while True:
             self.freed.clear()
             keys = (self._desk.key("slots", self.provider), self._desk.key("wait", self.provider))
-            wait_ms = await self._desk.link.run(_TAKE, keys, self._limit, name, _ms(SLOT_S), self._desk.signals.address)
+            address = self._desk.signals.address
+            wait_ms = await self._desk.link.run(_TAKE, keys, self._limit, name, _ms(SLOT_S), address, hasty=True)
             if wait_ms == 0:
                 return
             with suppress(TimeoutError):

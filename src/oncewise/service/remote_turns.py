@@ -48,6 +48,8 @@ class RemoteTurn:
 
     Attributes:
         row: The turn as it was read last.
+        epoch: The last under which another worker led it. The row may say a higher one while a run of this worker takes
+            the turn over; what is shown under that is the run's alone.
         log: Its log here; None while nobody has looked.
         first_s: When the first text came, by the event loop's clock; None before.
         leader_id: None: the request that leads the turn is known to its own worker only.
@@ -57,6 +59,7 @@ class RemoteTurn:
 
     def __init__(self, desk: "RemoteTurns", turn: StoredTurn) -> None:
         self.row = turn
+        self.epoch = turn.epoch
         self.log: StreamLog | None = None
         self.first_s: float | None = None
         self._desk = desk
@@ -100,7 +103,7 @@ class RemoteTurn:
         """
         self._interested_s = asyncio.get_running_loop().time()
         if self.log is None and not (self._task.done() or self._yielded):
-            self.log = self._desk.hub.open((self.row.org_id, self.row.id), self.row.epoch)
+            self.log = self._desk.hub.open((self.row.org_id, self.row.id), self.epoch)
             self._following.repeat(self.log, _reset, self._text_came)
             self.look()
         if self.log is not None and after is not None:
@@ -174,6 +177,8 @@ class RemoteTurn:
         row = self.row
         try:
             self.row = await self._desk.ledger.turn(row.org_id, row.thread_id, row.id)
+            if self.row.owner != self._desk.owner:
+                self.epoch = self.row.epoch
             if self._following.owner != self.row.owner:
                 self._following.owner = self.row.owner
                 self._following.say()
@@ -207,6 +212,8 @@ class RemoteTurn:
         row, log = self.row, self.log
         if log is None or log.closed or self._yielded or row.state.final or not row.partial:
             return
+        if row.epoch > self.epoch:
+            return
         if row.epoch == log.epoch and row.partial_seq <= log.deltas:
             self._behind_at = None
             return
@@ -237,9 +244,10 @@ class RemoteTurn:
         if not self.row.state.final:
             log.sever()
             return
-        if self._desk.fleet.prompt and self._following.heard:
+        if self._following.heard:
             give_up_s = asyncio.get_running_loop().time() + LAST_WORDS_S
-            while not log.closed and asyncio.get_running_loop().time() < give_up_s:
+            # Nothing comes from what is late already, and it may be found to be so while this waits.
+            while not log.closed and self._desk.settled and asyncio.get_running_loop().time() < give_up_s:
                 self._woken.clear()
                 try:
                     async with asyncio.timeout_at(give_up_s):
@@ -299,10 +307,12 @@ class RemoteTurns:
     """The turns of other workers that somebody here is interested in.
 
     Args:
+        owner: Who this worker is in the rows.
         ended: Called with the tenant and thread of each turn that has ended.
     """
 
-    def __init__(self, *, ledger: TurnLedger, hub: StreamHub, fleet: Fleet, ended: _Ended) -> None:
+    def __init__(self, *, owner: str, ledger: TurnLedger, hub: StreamHub, fleet: Fleet, ended: _Ended) -> None:
+        self.owner = owner
         self.ledger = ledger
         self.hub = hub
         self.fleet = fleet
@@ -324,12 +334,19 @@ class RemoteTurns:
 
     def look_s(self, slow_s: float) -> float:
         """Seconds until a turn's row should be read again; `slow_s` where there was never a quick way."""
+        if self.settled:
+            return PROMPT_POLL_S
         if self.fleet.away or asyncio.get_running_loop().time() < self._settled_s:
             return max(AWAY_POLL_S, len(self._turns) / LOOKS_PER_S)
-        return PROMPT_POLL_S if self.fleet.prompt else slow_s
+        return slow_s
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is a quick way that is relied upon."""
+        return self.fleet.prompt and asyncio.get_running_loop().time() >= self._settled_s
 
     def look_again(self) -> None:
-        """The quick way has gone, or come back: look at all turns, and then as often as is right from now on."""
+        """The quick way is late, has gone or came back: look at all turns, and from now on as often as is right."""
         self._settled_s = asyncio.get_running_loop().time() + SETTLE_S
         for remote in self._turns.values():
             remote.look()

@@ -1,6 +1,6 @@
 """Threads: everything a client can do with a conversation.
 
-Deliberately absent: HTTP, SQL, and how a turn is brought to its answer (`oncewise.service.turns`).
+Deliberately absent: HTTP, SQL, and how a turn is brought to its answer (`oncewise.service.turn_runs`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -132,7 +132,7 @@ class Threads:
 
         For who has seen the turn up to `after` a log that is brought here from elsewhere is brought as far as that.
         """
-        run = self._turns.run_of(turn.org_id, turn.id)
+        run = self._turns.runs.of(turn.org_id, turn.id)
         if run is not None:
             return await run.watch()
         log = self._turns.hub.get((turn.org_id, turn.id))
@@ -142,7 +142,7 @@ class Threads:
 
     def requesters(self, org_id: str, turn_id: str) -> int:
         """How many requests wait for a turn in this process."""
-        run = self._turns.run_of(org_id, turn_id)
+        run = self._turns.runs.of(org_id, turn_id)
         return 0 if run is None else run.requesters
 
     async def cancel_request(self, org_id: str, request_id: str) -> bool:

@@ -9,7 +9,7 @@ A turn is open while `done_at_ms` is null; the schema holds that equal to a stat
 Deliberately absent: waiting. Queues, takeovers and their timing belong to the use cases.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,6 +21,7 @@ from oncewise.model import (
     Answer,
     ChatMessage,
     FinishReason,
+    Heartbeat,
     MessageStatus,
     OnBusy,
     StoredTurn,
@@ -109,7 +110,13 @@ _THREAD_IS_THERE = sa.select(threads.c.id).where(threads.c.org_id == ORG, thread
 
 _SHOW = sa.update(turns).where(*_CLAIMED).values(visible=True, state=TurnState.STREAMING)
 _LEASE = sa.update(turns).where(*_CLAIMED).values(lease_until_s=sa.bindparam("until_s"))
-_BEAT = _LEASE.values(partial=sa.bindparam("text"), partial_seq=sa.bindparam("deltas"))
+_FREE = sa.select(turns.c.id).where(*_CLAIMED).with_for_update(skip_locked=True).scalar_subquery()
+_BEAT = (
+    sa.update(turns)
+    .where(turns.c.org_id == ORG, turns.c.id == _FREE)
+    .values(lease_until_s=sa.bindparam("until_s"), partial=sa.bindparam("text"), partial_seq=sa.bindparam("deltas"))
+)
+_STILL_CLAIMED = sa.select(turns.c.id).where(*_CLAIMED)
 _TAKE_OVER = _LEASE.where(turns.c.lease_until_s <= sa.bindparam("now_s")).values(
     epoch=turns.c.epoch + 1, attempt=turns.c.attempt + 1, owner=sa.bindparam("by_owner")
 )
@@ -346,11 +353,17 @@ def _mark_visible(conn: sa.Connection, _now_s: float, claim: TurnClaim) -> bool:
     return _changed(conn, _SHOW, _under(claim))
 
 
-def _beat(
-    conn: sa.Connection, now_s: float, claim: TurnClaim, *, lease_s: float, partial: str, partial_seq: int
-) -> bool:
-    beat = {"until_s": now_s + lease_s, "text": partial, "deltas": partial_seq}
-    return _changed(conn, _BEAT, _under(claim) | beat)
+def _beat(conn: sa.Connection, now_s: float, beats: Sequence[Heartbeat], *, lease_s: float) -> Mapping[TurnClaim, bool]:
+    holds: dict[TurnClaim, bool] = {}
+    for beat in beats:
+        under = _under(beat.claim)
+        said = {"until_s": now_s + lease_s, "text": beat.partial, "deltas": beat.partial_seq}
+        if _changed(conn, _BEAT, under | said):
+            holds[beat.claim] = True
+        elif conn.execute(_STILL_CLAIMED, under).first() is None:
+            holds[beat.claim] = False
+        # Else another transaction has the row now. To wait for it would keep all the others waiting.
+    return holds
 
 
 def _release(conn: sa.Connection, now_s: float, claim: TurnClaim) -> None:
@@ -584,9 +597,9 @@ class SqlTurnLedger:
         """See `TurnLedger.mark_visible`."""
         return await self._write(_mark_visible, claim)
 
-    async def beat(self, claim: TurnClaim, *, lease_s: float, partial: str, partial_seq: int) -> bool:
+    async def beat(self, beats: Sequence[Heartbeat], *, lease_s: float) -> Mapping[TurnClaim, bool]:
         """See `TurnLedger.beat`."""
-        return await self._write(_beat, claim, lease_s=lease_s, partial=partial, partial_seq=partial_seq)
+        return await self._write(_beat, beats, lease_s=lease_s)
 
     async def commit(self, claim: TurnClaim, answer: Answer) -> StoredTurn | None:
         """See `TurnLedger.commit`."""

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from oncewise.errors import NotFound
-from oncewise.model import ChatMessage, FinishReason, MessageStatus, TurnClaim, TurnState, Usage
+from oncewise.model import ChatMessage, FinishReason, Heartbeat, MessageStatus, TurnClaim, TurnState, Usage
 from oncewise.ports import CallRecord, Follow
 from oncewise.storage.tables import attempts
 from tests.support.storage import (
@@ -42,7 +42,7 @@ async def test_commit_returns_the_turn_as_every_later_read_returns_it(storage: S
 async def test_commit_completes_the_turn_with_its_pair(storage: Storage, thread: str):
     """State, text, figures and both messages, all from one transaction."""
     claim = await storage.lead(thread, "what?")
-    await storage.ledger.beat(claim, lease_s=LEASE_S, partial="th", partial_seq=1)
+    await storage.ledger.beat([Heartbeat(claim, "th", 1)], lease_s=LEASE_S)
     turn = await storage.ledger.commit(claim, answer("that", model="small-2026"))
 
     assert (turn.state, turn.finish_reason, turn.call_id, turn.usage) == (
@@ -126,11 +126,15 @@ async def test_only_an_end_that_is_no_success_may_be_told_to_end(storage: Storag
             await storage.ended(claim, state)
 
 
+async def _beaten(storage: Storage, beat: Heartbeat) -> bool:
+    return (await storage.ledger.beat([beat], lease_s=LEASE_S))[beat.claim]
+
+
 # -- fencing -----------------------------------------------------------------------------------------------------
 
 CLAIM_METHODS: dict[str, Callable[[Storage, TurnClaim], Awaitable[object]]] = {
     "mark_visible": lambda s, c: s.ledger.mark_visible(c),
-    "beat": lambda s, c: s.ledger.beat(c, lease_s=LEASE_S, partial="zombie", partial_seq=1),
+    "beat": lambda s, c: _beaten(s, Heartbeat(c, "zombie", 1)),
     "commit": lambda s, c: s.ledger.commit(c, answer("zombie")),
     "end": lambda s, c: s.ledger.end(c, TurnState.FAILED, REFUSED, partial="zombie", partial_seq=1, call_id=None),
     "take_over": lambda s, c: s.ledger.take_over(c, owner="zombie", lease_s=LEASE_S),
@@ -205,12 +209,34 @@ async def test_a_beat_extends_the_lease_and_keeps_the_text_so_far(storage: Stora
     """Without beats the turn would be free by now."""
     claim = await storage.lead(thread)
     storage.clock.advance(LEASE_S - 1)
-    assert await storage.ledger.beat(claim, lease_s=LEASE_S, partial="so far", partial_seq=4)
+    assert await _beaten(storage, Heartbeat(claim, "so far", 4))
     storage.clock.advance(LEASE_S - 1)
 
     turn = await storage.read(claim)
     assert (turn.lease_lapsed, turn.partial, turn.partial_seq) == (False, "so far", 4)
     assert await storage.ledger.take_over(claim, owner="worker-2", lease_s=LEASE_S) is None
+
+
+async def test_one_beat_for_many_turns_says_of_each_whether_it_holds(storage: Storage, thread: str):
+    """Of two threads and tenants; the fenced one keeps what its next owner made of it."""
+    mine, other, lost = [await storage.lead(await storage.thread()) for _ in range(3)]
+    await storage.ledger.release(lost)
+    taken = await storage.ledger.take_over(lost, owner="worker-2", lease_s=LEASE_S)
+    storage.clock.advance(LEASE_S - 1)
+
+    beats = [Heartbeat(claim, claim.turn_id, n) for n, claim in enumerate((mine, lost, other), start=1)]
+    assert await storage.ledger.beat(beats, lease_s=LEASE_S) == {mine: True, lost: False, other: True}
+    storage.clock.advance(LEASE_S - 1)
+
+    turns = [await storage.read(claim) for claim in (mine, taken, other)]
+    assert [(turn.lease_lapsed, turn.partial, turn.partial_seq) for turn in turns] == [
+        (False, mine.turn_id, 1), (True, "", 0), (False, other.turn_id, 3)
+    ]  # fmt: skip
+
+
+async def test_a_beat_for_no_turn_changes_nothing(storage: Storage):
+    """All who asked may have left."""
+    assert await storage.ledger.beat([], lease_s=LEASE_S) == {}
 
 
 # -- takeover and sweep ------------------------------------------------------------------------------------------
@@ -250,7 +276,7 @@ async def test_sweep_interrupts_lapsed_turns_and_keeps_their_text(storage: Stora
     """Nobody answers for them any more; what was shown is stored as partial."""
     silent = await storage.lead(thread, "silent", idempotency_key="k")
     spoken = await storage.lead(other := await storage.thread(), "spoken")
-    await storage.ledger.beat(spoken, lease_s=LEASE_S, partial="half", partial_seq=2)
+    await storage.ledger.beat([Heartbeat(spoken, "half", 2)], lease_s=LEASE_S)
     storage.clock.advance(LEASE_S + 1)
     alive = await storage.lead(await storage.thread())
 
@@ -315,7 +341,7 @@ async def test_sweep_keeps_the_order_of_a_threads_turns(storage: Storage, thread
     """Whichever lease lapsed first."""
     claims = [await storage.lead(thread, content) for content in ("a", "b")]
     for claim in reversed(claims):
-        await storage.ledger.beat(claim, lease_s=LEASE_S, partial="half", partial_seq=1)
+        await storage.ledger.beat([Heartbeat(claim, "half", 1)], lease_s=LEASE_S)
         storage.clock.advance(1)
     storage.clock.advance(LEASE_S)
 

@@ -9,7 +9,7 @@ import pytest
 from oncewise.coordination.link import Link, Script
 from oncewise.coordination.wire import Refused, WireFailed
 from oncewise.errors import CoordinationUnavailable
-from oncewise.ports import CoordinationChanged
+from oncewise.ports import CoordinationChanged, CoordinationLate
 from tests.support.virtual_time import turns, virtual_time
 
 
@@ -20,12 +20,13 @@ class FakeWire:
         self.batches: list[list[Any]] = []
         self.closed = 0
         self.hangs = False
+        self.slow_s = 0.001
         self.fails: str | None = None
         self.reply: Callable[[Any], Any] = lambda command: command
 
     async def ask(self, commands: Any) -> list[Any]:
         self.batches.append(list(commands))
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.slow_s)
         if self.hangs:
             await asyncio.Event().wait()
         if self.fails:
@@ -82,7 +83,50 @@ async def test_one_command_waits_for_a_server_that_hangs_and_the_next_are_told_a
             await link.call("GET", 1)
     assert loop.time() - began_s == pytest.approx(0.25)
     assert not link.up
-    assert told == [CoordinationChanged(up=False, reason="timeout")]
+    assert told == [CoordinationLate(), CoordinationChanged(up=False, reason="timeout")]
+    await link.aclose()
+
+
+@virtual_time
+async def test_who_has_another_way_is_told_that_the_server_is_late() -> None:
+    """After a tenth of a second, or at once while it is; the others have their replies, and nothing was away."""
+    wire, link, told = linked()
+    wire.slow_s = 0.2
+    loop = asyncio.get_running_loop()
+    patient = asyncio.create_task(link.call("GET", 1))
+    await turns(3)
+    queued = asyncio.create_task(link.call("GET", 2, hasty=True))
+    began_s = loop.time()
+    with pytest.raises(CoordinationUnavailable):
+        await link.call("GET", 3, hasty=True)
+    assert loop.time() - began_s == pytest.approx(0.1)
+    with pytest.raises(CoordinationUnavailable):
+        await queued
+    with pytest.raises(CoordinationUnavailable):
+        await link.call("GET", 4, hasty=True)
+    assert loop.time() - began_s == pytest.approx(0.1)
+    assert (link.late, link.up, told) == (True, True, [CoordinationLate()])
+    assert await patient == ("GET", 1)
+    assert loop.time() - began_s == pytest.approx(0.2, abs=0.01)
+    wire.slow_s = 0.001
+    await asyncio.sleep(0.3)
+    assert not link.late
+    assert await link.call("GET", 5, hasty=True) == ("GET", 5)
+    await link.aclose()
+
+
+@virtual_time
+async def test_one_that_was_hasty_may_have_left_when_the_server_is_away() -> None:
+    """The reply that it does not wait for any more harms nobody, and neither does the lack of one."""
+    wire, link, told = linked()
+    wire.hangs = True
+    hasty = asyncio.create_task(link.call("GET", 1, hasty=True))
+    with pytest.raises(CoordinationUnavailable):
+        await link.call("GET", 2)
+    with pytest.raises(CoordinationUnavailable):
+        await hasty
+    assert told == [CoordinationLate(), CoordinationChanged(up=False, reason="timeout")]
+    assert not link.late
     await link.aclose()
 
 

@@ -18,7 +18,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy.util import await_only
 
 from oncewise.errors import SchemaMismatch, StorageFull, StorageUnavailable
-from oncewise.model import TurnState
+from oncewise.model import Heartbeat, TurnState
 from oncewise.storage.postgres import (
     PostgresDatabase,
     PostgresLimits,
@@ -27,7 +27,7 @@ from oncewise.storage.postgres import (
     upgrade_postgres,
 )
 from oncewise.storage.schema import HEAD
-from oncewise.storage.tables import metadata, orgs
+from oncewise.storage.tables import metadata, orgs, turns
 from tests.support.postgres import empty_database, fresh_database, own_server, shared_server
 from tests.support.postgres_proxy import Cut, FailingNetwork, failing_network, transaction_pooler
 from tests.support.storage import answer, statements, storage_on
@@ -510,10 +510,37 @@ async def test_a_full_disk_is_full_and_passes(url: str):
         await database.write(adding("a"))
 
 
+# -- heartbeats --------------------------------------------------------------------------------------------------
+
+
+async def test_a_row_that_somebody_changes_keeps_no_other_turn_from_its_beat(url: str):
+    """Nothing is said of the turn whose row is locked, and nobody waits for it; a moment later it beats as well."""
+    async with opened(url) as database, opened(url, "worker-2") as other:
+        storage = storage_on(database)
+        busy, free = [await storage.lead(await storage.thread()) for _ in range(2)]
+        beats = [Heartbeat(claim, "so far", 1) for claim in (busy, free)]
+        locked, done = asyncio.Event(), asyncio.Event()
+
+        def change(conn: sa.Connection) -> None:
+            conn.execute(sa.update(turns).where(turns.c.id == busy.turn_id).values(visible=True))
+            locked.set()
+            await_only(done.wait())
+
+        changing = asyncio.create_task(other.write(change))
+        await locked.wait()
+        began_s = time.monotonic()
+        assert await storage.ledger.beat(beats, lease_s=10.0) == {free: True}
+        assert time.monotonic() - began_s < PostgresLimits().lock_s
+        done.set()
+        await changing
+        assert await storage.ledger.beat(beats, lease_s=10.0) == {busy: True, free: True}
+
+
 # -- liveness ----------------------------------------------------------------------------------------------------
 
 LEADER = """
 import asyncio, sys
+from oncewise.model import Heartbeat
 from oncewise.storage.postgres import open_postgres
 from tests.support.storage import ask, storage_on
 
@@ -521,7 +548,7 @@ async def main():
     database = await open_postgres(sys.argv[1], owner="killed")
     storage = storage_on(database)
     claim = (await storage.ledger.admit(ask("acme", await storage.thread()), owner="killed", **storage.options)).claim
-    await storage.ledger.beat(claim, lease_s=3600, partial="half", partial_seq=1)
+    await storage.ledger.beat([Heartbeat(claim, "half", 1)], lease_s=3600)
     print(claim.thread_id, claim.turn_id, flush=True)
     await asyncio.Event().wait()
 

@@ -307,13 +307,14 @@ def test_a_limit_on_file_sizes_is_a_full_disk_and_passes(tmp_path: Path):
 
 LEADER = """
 import asyncio, sys
+from oncewise.model import Heartbeat
 from tests.support.storage import *
 
 async def main():
     database = await open_sqlite(sys.argv[1], owner="killed")
     storage = storage_on(database)
     claim = (await storage.ledger.admit(ask("acme", await storage.thread()), owner="killed", **storage.options)).claim
-    await storage.ledger.beat(claim, lease_s=3600, partial="half", partial_seq=1)
+    await storage.ledger.beat([Heartbeat(claim, "half", 1)], lease_s=3600)
     print(claim.thread_id, claim.turn_id, flush=True)
     await asyncio.Event().wait()
 
