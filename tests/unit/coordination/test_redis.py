@@ -106,6 +106,56 @@ async def test_no_server_at_all_is_away_from_the_start_and_found_later(tmp_path)
     assert [change.up for change in changes if isinstance(change, CoordinationChanged)][:2] == [False, True]
 
 
+async def beating(coordination: Any, *, prompt: bool) -> None:
+    """Let a worker say that it is alive, more often than it does, until it has noticed."""
+    async with asyncio.timeout(4):
+        while coordination.signals.prompt is not prompt:
+            await coordination._beat()
+            await asyncio.sleep(0.02)
+
+
+REFUSALS = {
+    "full": ("OOM", [("maxmemory", "1"), ("maxmemory-policy", "noeviction")], [("maxmemory", "0")]),
+    "cut off": ("NOREPLICAS", [("min-replicas-to-write", "1")], [("min-replicas-to-write", "0")]),
+}
+
+
+@pytest.mark.parametrize("program", SERVERS)
+@pytest.mark.parametrize("how", [*REFUSALS, "a replica", "without a right to write", "without a right to read"])
+async def test_a_server_that_answers_and_refuses_is_away(tmp_path, program, how):
+    """Nobody relies on it, everybody is told, and all is well again when it takes what it is told."""
+    server = RedisServer(tmp_path / "server", SERVERS[program]).start()
+    changes: list[CoordinationChanged] = []
+    if how in REFUSALS:
+        code, faults, cures = REFUSALS[how]
+        breaks = [("CONFIG", "SET", *fault) for fault in faults]
+        mends = [("CONFIG", "SET", *cure) for cure in cures]
+    elif how == "a replica":
+        code, breaks, mends = "READONLY", [("REPLICAOF", "127.0.0.1", str(free_port()))], [("REPLICAOF", "NO", "ONE")]
+    else:
+        command = "evalsha" if "write" in how else "xread"
+        code, breaks = "NOPERM", [("ACL", "SETUSER", "default", f"-{command}")]
+        mends = [("ACL", "SETUSER", "default", f"+{command}")]
+    try:
+        async with opened(server.url, patience_s=5, listener=changes.append) as coordination:
+            assert coordination.signals.prompt
+            for command in breaks:
+                assert server.ask(*command) == "+OK\r\n"
+            # Ends the read that blocks, which was allowed.
+            server.ask("XADD", "oncewise:d:all", "*", "s", '["nothing","","somebody",{}]')
+            await beating(coordination, prompt=False)
+            assert code in await coordination.check()
+            for command in mends:
+                assert server.ask(*command) == "+OK\r\n"
+            await beating(coordination, prompt=True)
+            assert await coordination.check() is None
+            assert await coordination.relay.append("n", LogEntry(1, 0, ("a",)), keep_s=5) == (1, 1)
+    finally:
+        server.kill()
+    assert [change.up for change in changes] == [False, True]
+    assert changes[0].reason == code
+
+
 @pytest.mark.parametrize("url", ["http://:hunter2@h", "redis://:hunter2@h:port/0", "redis://:hunter2@h:99999999/0"])
 async def test_a_url_that_cannot_be_used_is_refused_without_being_shown(url):
     """It may hold a password."""
