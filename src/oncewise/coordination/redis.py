@@ -2,7 +2,7 @@
 
 | Key | Type | What |
 |---|---|---|
-| `P:log:N`, `P:end:N` | stream, string | a relayed log, its entries by `<epoch>-<seq>`, and where it ends |
+| `P:log:N` | stream | a relayed log, its entries by `<epoch>-<seq>` |
 | `P:in:A`, `P:all` | streams | words to the worker of address A, and to all; kept for a minute |
 | `P:workers` | sorted set | who is alive, by the server's clock |
 | `P:claim:N` | string | who holds a name |
@@ -87,8 +87,8 @@ class _Relay:
 
     async def append(self, name: str, entry: LogEntry, *, keep_s: float) -> LogTail:
         """See `Relay.append`."""
-        keys = (f"{self._prefix}:log:{name}", f"{self._prefix}:end:{name}")
         epoch, seq = entry.tail
+        keys = (f"{self._prefix}:log:{name}",)
         reply = await self._link.run(_APPEND, keys, epoch, entry.after, seq, _packed(entry), _ms(keep_s))
         return LogTail(*reply)
 

@@ -1,6 +1,7 @@
 """Servers of every kind behind the ports: with a password, on a socket file, too old, and none at all."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -162,3 +163,56 @@ async def test_a_url_that_cannot_be_used_is_refused_without_being_shown(url):
     with pytest.raises(BadAddress) as refused:
         await open_redis(url, deployment="d", address="me", patience_s=0.1)
     assert "hunter2" not in str(refused.value)
+
+
+@pytest.fixture(params=SERVERS)
+def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
+    """One of each kind."""
+    running = RedisServer(tmp_path / "server", SERVERS[request.param]).start()
+    yield running
+    running.kill()
+
+
+async def test_everything_has_a_lifetime(server):
+    """A server that is left alone is empty after a while."""
+    async with opened(server.url, patience_s=5) as coordination, opened(server.url, address="two") as other:
+        await coordination.relay.append("n", LogEntry(1, 0, ("a",)), keep_s=5)
+        await coordination.signals.send(Signal("x"), "two")
+        await coordination.signals.send(Signal("x"))
+        await coordination.claims.claim("n", "me", lease_s=5)
+        limiter = coordination.limiter("p", rate=5, burst=2)
+        await limiter.reserve()
+        await limiter.reserve()
+        await limiter.give_back()
+        await limiter.pause(1)
+        slots, theirs = coordination.slots("p", limit=1), other.slots("p", limit=1)
+        await slots.take()
+        waiting = asyncio.create_task(theirs.take())
+        keys: set[str] = set()
+        kinds = {"log", "in", "all", "workers", "claim", "pace", "starts", "slots", "wait"}
+        async with asyncio.timeout(5):
+            while {key.split(":")[2] for key in keys} != kinds:
+                keys |= set(re.findall(r"^oncewise\S+", server.ask("KEYS", "*"), re.MULTILINE))
+                await asyncio.sleep(0.01)
+        lifetimes = {key: int(server.ask("PTTL", key)[1:]) for key in keys}
+        slots.give_back()
+        await waiting
+    assert {key: left for key, left in lifetimes.items() if not 0 < left <= 70_000} == {}
+
+
+async def test_a_log_that_was_evicted_is_told_from_its_beginning(server):
+    """By a server that is full; its owner learns that there is nothing."""
+    async with opened(server.url, patience_s=5) as coordination:
+        await coordination.relay.append("n", LogEntry(1, 0, ("a",)), keep_s=5)
+        assert server.ask("KEYS", "oncewise:d:*:n").count("oncewise") == 1
+        server.ask("DEL", "oncewise:d:log:n")
+        assert await coordination.relay.append("n", LogEntry(1, 1, ("b",)), keep_s=5) == (0, 0)
+        assert await coordination.relay.append("n", LogEntry(1, 0, ("a", "b")), keep_s=5) == (1, 2)
+
+
+async def test_words_that_nobody_reads_do_not_pile_up(server):
+    """Neither in an inbox that is written to, nor by slots that are given back."""
+    async with opened(server.url, patience_s=5) as coordination:
+        for _ in range(6):
+            await asyncio.gather(*(coordination.signals.send(Signal("x"), "gone") for _ in range(1000)))
+        assert 4000 < int(server.ask("XLEN", "oncewise:d:in:gone")[1:]) < 4500
