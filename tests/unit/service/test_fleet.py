@@ -345,3 +345,51 @@ async def test_a_fleet_without_others_says_and_keeps_nothing() -> None:
     with pytest.raises(OncewiseError):
         await fleet.ask("find")
     await fleet.aclose()
+
+
+@virtual_time
+async def test_what_lingers_does_not_take_the_next_of_its_name_along() -> None:
+    """The same call, made again while late followers may still be told of the one before."""
+    workers = Workers()
+    workers.lead.ended(workers.name, workers.work, linger_s=2.0)
+    again = Work()
+    workers.lead.lead(workers.name, again)
+    await asyncio.sleep(3.0)
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.hold()
+    await turns(5)
+    assert again.requesters == 2
+    following.leave()
+    await workers.aclose()
+
+
+@virtual_time
+async def test_a_log_that_nobody_wants_any_more_when_it_is_there_is_not_told() -> None:
+    """To mark a turn visible takes its time, and who asked for its text may have left meanwhile."""
+    workers = Workers()
+    relay: Any = workers.lead.relay
+    told: list[str] = []
+    append = relay.append
+
+    async def noting(name: str, *args: Any, **options: Any) -> Any:
+        told.append(name)
+        return await append(name, *args, **options)
+
+    relay.append = noting
+    shown, watch = asyncio.Event(), workers.work.watch
+
+    async def watch_slowly() -> StreamLog | None:
+        await shown.wait()
+        return await watch()
+
+    workers.work.watch = watch_slowly  # type: ignore[method-assign]
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.repeat(StreamHub().open("copy"), lambda epoch: ("reset", {"epoch": epoch}), nothing)
+    await turns(5)
+    following.leave()
+    await turns(5)
+    shown.set()
+    workers.work.log.append("a")
+    await asyncio.sleep(0.1)
+    assert told == []
+    await workers.aclose()
