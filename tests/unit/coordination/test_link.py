@@ -160,11 +160,12 @@ async def test_a_refusal_concerns_one_command() -> None:
     await link.aclose()
 
 
+@pytest.mark.parametrize("code", ["READONLY", "LOADING"])
 @virtual_time
-async def test_a_server_that_is_no_primary_any_more_is_left() -> None:
+async def test_a_server_that_is_no_primary_any_more_is_left(code: str) -> None:
     """The name may lead to another one by now."""
     wire, link, _ = linked()
-    wire.reply = lambda _command: Refused("READONLY")
+    wire.reply = lambda _command: Refused(code)
     with pytest.raises(CoordinationUnavailable):
         await link.call("SET", "a", 1)
     assert wire.closed == 1

@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -211,8 +211,31 @@ async def test_a_log_that_was_evicted_is_told_from_its_beginning(server):
 
 
 async def test_words_that_nobody_reads_do_not_pile_up(server):
-    """Neither in an inbox that is written to, nor by slots that are given back."""
+    """A worker that is gone has an inbox for a minute."""
     async with opened(server.url, patience_s=5) as coordination:
         for _ in range(6):
             await asyncio.gather(*(coordination.signals.send(Signal("x"), "gone") for _ in range(1000)))
         assert 4000 < int(server.ask("XLEN", "oncewise:d:in:gone")[1:]) < 4500
+
+
+async def test_who_waits_longest_for_a_slot_is_told_first(server):
+    """However often it has asked again, which all of them do."""
+    async with AsyncExitStack() as stack:
+        first, second, third = [
+            await stack.enter_async_context(opened(server.url, address=name, patience_s=5)) for name in "abc"
+        ]
+        slots = [worker.slots("p", limit=1) for worker in (first, second, third)]
+        await slots[0].take()
+        waiting = []
+        for each, name in ((slots[1], "b"), (slots[2], "c")):
+            waiting.append(asyncio.create_task(each.take()))
+            await until(lambda name=name: f"\r\n{name}\r\n" in server.ask("ZRANGE", "oncewise:d:wait:p", "0", "-1"))
+        for _ in range(60):
+            said = server.ask("ZRANGE", "oncewise:d:wait:p", "0", "-1").split("\r\n")
+            assert said[2::2] == ["b", "c"]
+            await asyncio.sleep(0.01)
+        slots[0].give_back()
+        await waiting[0]
+        assert not waiting[1].done()
+        slots[1].give_back()
+        await waiting[1]
