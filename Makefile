@@ -68,6 +68,13 @@ clock:
 	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends libfaketime >/dev/null; } \
 	  || echo "libfaketime is missing: the tests with a wrong clock will be skipped"
 
+# Valkey comes with the Python packages; the contract of the coordination is held to Redis itself as well.
+redis:
+	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && echo "installing redis-server" && apt-get -qq update >/dev/null \
+	  && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq install -y --no-install-recommends redis-server >/dev/null; } \
+	  || echo "redis-server is missing: the tests of the coordination run on Valkey alone"
+
 lint: setup ## style, types, and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

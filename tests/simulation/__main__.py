@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -18,12 +19,14 @@ def main() -> int:
     asked = parser.parse_args()
     began_s = time.monotonic()
     starts = range(asked.first, asked.first + asked.seeds, CHUNK)
-    bad = 0
+    bad, counts = 0, Counter[str]()
     with ProcessPoolExecutor(asked.jobs) as pool:
-        for found in pool.map(partial(chunk_of, end=asked.first + asked.seeds), starts):
+        for found, happened in pool.map(partial(chunk_of, end=asked.first + asked.seeds), starts):
+            counts += happened
             for seed, broken in found:
                 bad += 1
                 print(f"seed {seed}: " + "; ".join(broken))
+    print(", ".join(f"{what} {times:,}" for what, times in sorted(counts.items())))
     print(f"{asked.seeds} seeds in {time.monotonic() - began_s:.1f} s, {bad} with violations")
     return 1 if bad else 0
 

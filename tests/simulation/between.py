@@ -102,6 +102,7 @@ class Between:
             return
         for entry in log.entries:
             if not reader.closed and entry.tail > reader.after:
+                self.world.counts["entries relayed"] += 1
                 reader.after = entry.tail
                 reader.machine.loop.call_soon(_take, reader, entry)
 
@@ -119,6 +120,7 @@ class Between:
     def claim(self, name: str, holder: str, lease_s: float) -> str:
         """See `Claims.claim`."""
         held = self._holder(name)
+        self.world.counts["claims refused" if held not in (None, holder) else "claims"] += 1
         if held is None:
             self._claims[name] = (holder, self.world.now_s + lease_s)
             owner, until_s = self._told.get(name, ("", 0.0))
@@ -130,6 +132,7 @@ class Between:
     def extend(self, name: str, holder: str, lease_s: float) -> bool:
         """See `Claims.extend`."""
         mine = self._holder(name) == holder
+        self.world.counts["claims extended"] += mine
         if mine:
             self._claims[name] = self._told[name] = (holder, self.world.now_s + lease_s)
         return mine

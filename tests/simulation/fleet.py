@@ -13,6 +13,7 @@ Deliberately absent: which faults happen (`tests.simulation.histories`) and what
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -530,6 +531,18 @@ class Fleet:
         client = CallClient(self, org_id, body)
         self.clients.append(client)
         self.world.after(at_s, client.begin)
+
+    def happened(self) -> Counter[str]:
+        """How often what happened."""
+        taken = sum(turn.epoch > 1 for thread in self.records.threads.values() for turn in thread.turns)
+        return self.world.counts + Counter(
+            {
+                "provider calls": len(self.provider_calls),
+                "requests": len(self.clients),
+                "turns completed": len(self.completed()),
+                "turns taken over": taken,
+            }
+        )
 
     def tear_down(self) -> None:
         """End what is left of all machines, the crashed ones too."""

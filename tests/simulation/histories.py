@@ -6,10 +6,12 @@ promised about each can be checked; over many seeds they meet in every way.
 Deliberately absent: what must hold at the end (`tests.simulation.check`).
 """
 
+from collections.abc import Callable
+
 from tests.simulation.fleet import DELTAS, Fleet, Parts
 from tests.simulation.world import World
 
-__all__ = ["PATIENCE_S", "history"]
+__all__ = ["FAULTS", "PATIENCE_S", "history"]
 
 PATIENCE_S = 300.0
 """When the last client must have been answered: three turns in a row, each lost twice and waiting for its lease."""
@@ -33,7 +35,7 @@ def history(seed: int, parts: Parts = Parts()) -> Fleet:  # noqa: B008  frozen
     if chance.random() < 0.75:
         fleet.broke = True
         for _ in range(chance.randint(1, 3)):
-            world.after(chance.uniform(0.0, 3.0), chance.choice(FAULTS), fleet)
+            world.after(chance.uniform(0.0, 3.0), _break, fleet, chance.choice(FAULTS))
     world.run(PATIENCE_S, lambda: fleet.settled)
     world.loss, fleet.database_down = 0.0, False
     if fleet.between is not None:
@@ -68,6 +70,11 @@ def _ask(fleet: Fleet) -> None:
 
 
 # -- faults ------------------------------------------------------------------------------------------------------
+
+
+def _break(fleet: Fleet, fault: Callable[[Fleet], None]) -> None:
+    fleet.world.counts[fault.__name__.strip("_").replace("_", " ")] += 1
+    fault(fleet)
 
 
 def _crash(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 import gc
 import traceback
 import warnings
+from collections import Counter
 
 from tests.simulation.check import violations
 from tests.simulation.fleet import Parts
@@ -13,13 +14,15 @@ __all__ = ["CHUNK", "broken", "chunk_of"]
 CHUNK = 250
 
 
-def broken(seed: int, parts: Parts = Parts()) -> list[str]:  # noqa: B008  frozen
-    """What the history of a seed violates; an exception of the simulated code counts."""
+def broken(seed: int, parts: Parts = Parts(), counts: Counter[str] | None = None) -> list[str]:  # noqa: B008  frozen
+    """What the history of a seed violates; what happened in it is added to `counts`."""
     with warnings.catch_warnings():
         # What crashed machines were about to say when they are taken apart, now or when the next seed's are made.
         warnings.filterwarnings("ignore", ".*was never awaited")
         fleet = history(seed, parts)
         found = violations(fleet)
+        if counts is not None:
+            counts.update(fleet.happened())
         fleet.tear_down()
         if seed % 100 == 0:
             # Fleets are cycles, and servers that ran in this process may have told the collector to take its time.
@@ -28,14 +31,14 @@ def broken(seed: int, parts: Parts = Parts()) -> list[str]:  # noqa: B008  froze
     return found
 
 
-def chunk_of(first: int, end: int) -> list[tuple[int, list[str]]]:
-    """The bad seeds among the next `CHUNK`."""
-    bad = []
+def chunk_of(first: int, end: int) -> tuple[list[tuple[int, list[str]]], Counter[str]]:
+    """The bad seeds among the next `CHUNK`, and what happened in all; an exception of the simulated code counts."""
+    bad, counts = [], Counter[str]()
     for seed in range(first, min(first + CHUNK, end)):
         try:
-            found = broken(seed)
+            found = broken(seed, counts=counts)
         except Exception:  # noqa: BLE001  the seed is what the reader needs
             found = [traceback.format_exc()]
         if found:
             bad.append((seed, found))
-    return bad
+    return bad, counts

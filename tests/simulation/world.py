@@ -14,6 +14,7 @@ import asyncio
 import heapq
 import random
 from asyncio import events
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from itertools import count
@@ -102,6 +103,7 @@ class MachineLoop(asyncio.AbstractEventLoop):
         ready, self._ready = self._ready, []
         if len(ready) > 1 and chance.random() < 0.5:
             chance.shuffle(ready)
+            self._world.counts["steps in another order"] += 1
         events._set_running_loop(self)
         try:
             for handle in ready:
@@ -226,6 +228,7 @@ class World:
 
     Attributes:
         now_s: Virtual time.
+        counts: How often what happened.
         over: Whether the history has ended: nothing outside answers any more.
         loss: How likely a message is lost; a fault changes it for a while.
         slowest_s: How long a message may take.
@@ -236,6 +239,7 @@ class World:
         self.now_s = 0.0
         self.over = False
         self.machines: list[Machine] = []
+        self.counts: Counter[str] = Counter()
         self.loss = 0.0
         self.slowest_s = 0.01
         self._events: list[tuple[float, int, Callback, tuple[Any, ...]]] = []
@@ -251,7 +255,9 @@ class World:
 
     def loses(self) -> bool:
         """Whether the next message is lost."""
-        return self.loss > 0 and self.chance.random() < self.loss
+        lost = self.loss > 0 and self.chance.random() < self.loss
+        self.counts["messages lost"] += lost
+        return lost
 
     def run(self, until_s: float, done: Callable[[], bool]) -> None:
         """Let time pass until `done`, or until `until_s`."""

@@ -66,7 +66,7 @@ def run_virtual(main: Coroutine[Any, Any, Any]) -> Any:
         result = runner.run(main)
         loop = runner.get_loop()
     assert isinstance(loop, VirtualTimeLoop)
-    assert loop.unhandled == []
+    assert loop.unhandled == [], loop.unhandled
     return result
 
 

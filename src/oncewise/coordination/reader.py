@@ -27,6 +27,8 @@ BLOCK_S = 5.0
 LATE_S = 2.0
 COUNT = 64
 RETRY_S = (0.05, 1.0)
+INTERRUPTED = "UNBLOCKED"
+"""Reads that block are ended so when a primary becomes a replica, which is no reason not to read on from it."""
 
 EntryId = tuple[int, int]
 Fields = list[bytes]
@@ -70,9 +72,13 @@ class Reader:
     Args:
         wire: A connection nobody else uses.
         wake: Puts a word into a stream that is read, to end a read that blocks; must not raise.
+
+    Attributes:
+        refused: Why the server refused the last read; empty if it did not.
     """
 
     def __init__(self, wire: Wire, wake: Callable[[], None]) -> None:
+        self.refused = ""
         self._wire = wire
         self._wake = wake
         self._followers: dict[str, list[Follower]] = {}
@@ -138,6 +144,7 @@ class Reader:
         async with asyncio.timeout(BLOCK_S + LATE_S):
             (reply,) = await self._wire.ask([("XREAD", "COUNT", COUNT, "BLOCK", block_ms, "STREAMS", *places, *ids)])
         self._asked = None
+        self.refused = reply.code if isinstance(reply, Refused) and reply.code != INTERRUPTED else ""
         if isinstance(reply, Refused):
             raise WireFailed(reply.code)
         self._hand_out(reply or ())

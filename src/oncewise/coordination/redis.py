@@ -2,7 +2,7 @@
 
 | Key | Type | What |
 |---|---|---|
-| `P:log:N`, `P:end:N` | stream, string | a relayed log, its entries by `<epoch>-<seq>`, and where it ends |
+| `P:log:N` | stream | a relayed log, its entries by `<epoch>-<seq>` |
 | `P:in:A`, `P:all` | streams | words to the worker of address A, and to all; kept for a minute |
 | `P:workers` | sorted set | who is alive, by the server's clock |
 | `P:claim:N` | string | who holds a name |
@@ -29,12 +29,13 @@ from oncewise.coordination.wire import BadAddress, Command, Refused, Wire
 from oncewise.core.errands import Errands
 from oncewise.core.pacing import SECOND_S, Starts
 from oncewise.errors import CoordinationUnavailable
-from oncewise.ports import Listener, LogEntry, LogTail, Signal
+from oncewise.ports import CoordinationChanged, Listener, LogEntry, LogTail, Signal
 
 __all__ = ["BadAddress", "RedisCoordination", "open_redis", "rehearsal"]
 
 ALIVE_S = 15.0
 BEAT_S = 4.0
+REFUSED_BEAT_S = 0.5
 WORDS = 4096
 WORDS_KEPT_S = 60.0
 SLOT_S = 15.0
@@ -86,8 +87,8 @@ class _Relay:
 
     async def append(self, name: str, entry: LogEntry, *, keep_s: float) -> LogTail:
         """See `Relay.append`."""
-        keys = (f"{self._prefix}:log:{name}", f"{self._prefix}:end:{name}")
         epoch, seq = entry.tail
+        keys = (f"{self._prefix}:log:{name}",)
         reply = await self._link.run(_APPEND, keys, epoch, entry.after, seq, _packed(entry), _ms(keep_s))
         return LogTail(*reply)
 
@@ -115,11 +116,13 @@ class _Signals:
         self._reader = reader
         self._prefix = prefix
         self._hearers: list[Callable[[Signal], None]] = []
+        self.refused = ""
+        """Why the server, which answers, takes no words or lets nobody read them; empty if it does."""
 
     @property
     def prompt(self) -> bool:
         """See `Signals.prompt`."""
-        return self._link.up
+        return self._link.up and not self.refused
 
     async def begin(self) -> None:
         """Listen from now on: to the own inbox from its start, to what is said to all from here."""
@@ -283,6 +286,7 @@ class RedisCoordination:
         name = f"oncewise-{address[:13]}"
         asking, reading = Wire(url, name=name), Wire(url, name=f"{name}-reader")
         self._prefix = prefix
+        self._listener = listener
         self.errands = Errands()
         self.link = Link(asking, budget_s=budget_s, listener=listener)
         self.reader = Reader(reading, self._wake_reader)
@@ -316,17 +320,32 @@ class RedisCoordination:
 
     async def _live(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_S if self._listens and self.link.up else 0.1)
+            if self.signals.refused:
+                await asyncio.sleep(REFUSED_BEAT_S)
+            else:
+                await asyncio.sleep(BEAT_S if self._listens and self.link.up else 0.1)
             await self._beat()
 
     async def _beat(self) -> None:
-        with suppress(CoordinationUnavailable):
+        try:
             if not self._listens:
                 await self.signals.begin()
                 self._listens = True
+            # This always writes, as a probe that only asks would not: it shows a replica, or a server that is full.
             await self.signals.others()
             for slots in self._slots.values():
                 await slots.hold()
+        except CoordinationUnavailable as error:
+            refused = error.__cause__
+            self._refused(refused.code if isinstance(refused, Refused) else "")
+        else:
+            self._refused(self.reader.refused)
+
+    def _refused(self, code: str) -> None:
+        """A server that refuses is as good as one that is away; the link, which has its answers, cannot tell."""
+        before, self.signals.refused = self.signals.refused, code
+        if self.link.up and bool(code) != bool(before):
+            self._listener(CoordinationChanged(up=not code, reason=code))
 
     def _hear(self, signal: Signal) -> None:
         if signal.kind == _FREED and signal.name in self._slots:
@@ -344,6 +363,8 @@ class RedisCoordination:
             reason = refused.code if isinstance(refused, Refused) else self.link.reason
             return f"Redis does not answer ({reason or 'timeout'})."
         self.version, wrong = server_of(info.decode())
+        if wrong is None and self.signals.refused:
+            return f"Redis refuses what workers tell each other ({self.signals.refused})."
         return wrong
 
     async def aclose(self) -> None:

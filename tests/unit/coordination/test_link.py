@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from oncewise.coordination.link import Link, Script
+from oncewise.coordination.link import BATCH, MAX_QUEUED, Link, Script
 from oncewise.coordination.wire import Refused, WireFailed
 from oncewise.errors import CoordinationUnavailable
 from oncewise.ports import CoordinationChanged, CoordinationLate
@@ -160,11 +160,12 @@ async def test_a_refusal_concerns_one_command() -> None:
     await link.aclose()
 
 
+@pytest.mark.parametrize("code", ["READONLY", "LOADING"])
 @virtual_time
-async def test_a_server_that_is_no_primary_any_more_is_left() -> None:
+async def test_a_server_that_is_no_primary_any_more_is_left(code: str) -> None:
     """The name may lead to another one by now."""
     wire, link, _ = linked()
-    wire.reply = lambda _command: Refused("READONLY")
+    wire.reply = lambda _command: Refused(code)
     with pytest.raises(CoordinationUnavailable):
         await link.call("SET", "a", 1)
     assert wire.closed == 1
@@ -226,4 +227,18 @@ async def test_a_probe_waits_for_a_server_that_is_only_starting() -> None:
     await link.probe(5.0)
     assert link.up
     assert 0.3 <= loop.time() < 1.0
+    await link.aclose()
+
+
+@virtual_time
+async def test_what_is_asked_of_a_server_that_hangs_is_bounded() -> None:
+    """Memory must not grow with what many ask in the quarter of a second until that is found out."""
+    wire, link, _ = linked()
+    wire.hangs = True
+    asking = [asyncio.create_task(link.call("GET", number)) for number in range(MAX_QUEUED + BATCH + 10)]
+    await turns(2)
+    refused = [task for task in asking if task.done()]
+    assert 0 < len(refused) <= BATCH + 10
+    assert all(isinstance(task.exception(), CoordinationUnavailable) for task in refused)
+    await asyncio.gather(*asking, return_exceptions=True)
     await link.aclose()

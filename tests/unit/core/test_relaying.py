@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any
 
@@ -418,4 +419,65 @@ async def test_a_mirror_that_grows_too_large_ends_where_it_is() -> None:
     await turns(5)
     assert copy.closed
     assert copy.text == "ab"
+    await pair.outbox.aclose()
+
+
+class Telling:
+    """A relay that hands a mirror what a test says."""
+
+    def read(self, _name: str, take: Any, _after: LogTail) -> Any:
+        self.take = take
+        return lambda: None
+
+
+@virtual_time
+async def test_a_mirror_takes_nothing_of_an_attempt_that_is_over_nor_the_middle_of_the_next() -> None:
+    """The end of an old attempt is not the end, and nobody's text is taken away for one that cannot be shown."""
+    relay: Any = Telling()
+    copy = opened("a", epoch=2)
+    mirror = Mirror(relay, "n", copy, reset, closes=False)
+    relay.take(LogEntry(1, 0, ("x",), end=("error", {})))
+    relay.take(LogEntry(3, 1, ("y",)))
+    assert (copy.epoch, copy.text, mirror.heard, mirror.ending) == (2, "a", 0, None)
+    relay.take(LogEntry(3, 0, ("z",), end=("done", {})))
+    assert (copy.epoch, copy.text, mirror.heard, mirror.ending) == (3, "z", 1, ("done", {}))
+    copy.close("done", {})
+    relay.take(LogEntry(4, 0, ("late",)))
+    assert (copy.epoch, copy.text, mirror.heard) == (3, "z", 1)
+
+
+@virtual_time
+async def test_a_line_that_ends_late_leaves_the_next_of_its_name_alone() -> None:
+    """A turn that is told anew, at once after nobody looked at it any more."""
+    pair = Pair()
+    pair.outbox.publish("n", pair.log)
+    await turns(3)
+    pair.outbox.withdraw("n")
+    pair.outbox.publish("n", pair.log)
+    await turns(3)
+    assert pair.outbox.tells("n")
+    pair.log.append("a")
+    await turns(3)
+    assert pair.copy.text == "a"
+    await pair.outbox.aclose()
+
+
+@virtual_time
+async def test_what_is_told_is_nobodys_request() -> None:
+    """Whoever asked for it may have a context of their own, which the telling must not keep alive."""
+    pair = Pair()
+    asker = ContextVar("asker", default="nobody")
+    asker.set("somebody")
+    seen_by: list[str] = []
+    append = pair.relay.append
+
+    async def noting(name: str, entry: LogEntry, *, keep_s: float) -> LogTail:
+        seen_by.append(asker.get())
+        return await append(name, entry, keep_s=keep_s)
+
+    pair.relay.append = noting  # type: ignore[method-assign]
+    pair.outbox.publish("n", pair.log)
+    pair.log.append("a")
+    await turns(5)
+    assert seen_by == ["nobody"]
     await pair.outbox.aclose()

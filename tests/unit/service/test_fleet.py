@@ -211,7 +211,8 @@ async def test_followers_are_told_of_the_end_and_late_ones_too() -> None:
     ended: list[str] = []
     following = workers.fleets[1].follow(workers.name, "w0", lambda: ended.append("first"))
     await turns(5)
-    workers.lead.ended(workers.name, Work())
+    other = Work()
+    workers.lead.ended(workers.name, other)
     await turns(5)
     assert ended == []
     workers.lead.ended(workers.name, workers.work)
@@ -224,6 +225,8 @@ async def test_followers_are_told_of_the_end_and_late_ones_too() -> None:
     following.leave()
     late.leave()
     assert workers.fleets[1].idle
+    # Kept until here: a flight that the collector finds is an error of its own.
+    other.go.set()
     await workers.aclose()
 
 
@@ -344,4 +347,72 @@ async def test_a_fleet_without_others_says_and_keeps_nothing() -> None:
     assert fleet.idle
     with pytest.raises(OncewiseError):
         await fleet.ask("find")
+    await fleet.aclose()
+
+
+@virtual_time
+async def test_what_lingers_does_not_take_the_next_of_its_name_along() -> None:
+    """The same call, made again while late followers may still be told of the one before."""
+    workers = Workers()
+    workers.lead.ended(workers.name, workers.work, linger_s=2.0)
+    again = Work()
+    workers.lead.lead(workers.name, again)
+    await asyncio.sleep(3.0)
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.hold()
+    await turns(5)
+    assert again.requesters == 2
+    following.leave()
+    await workers.aclose()
+
+
+@virtual_time
+async def test_a_log_that_nobody_wants_any_more_when_it_is_there_is_not_told() -> None:
+    """To mark a turn visible takes its time, and who asked for its text may have left meanwhile."""
+    workers = Workers()
+    relay: Any = workers.lead.relay
+    told: list[str] = []
+    append = relay.append
+
+    async def noting(name: str, *args: Any, **options: Any) -> Any:
+        told.append(name)
+        return await append(name, *args, **options)
+
+    relay.append = noting
+    shown, watch = asyncio.Event(), workers.work.watch
+
+    async def watch_slowly() -> StreamLog | None:
+        await shown.wait()
+        return await watch()
+
+    workers.work.watch = watch_slowly  # type: ignore[method-assign]
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.repeat(StreamHub().open("copy"), lambda epoch: ("reset", {"epoch": epoch}), nothing)
+    await turns(5)
+    following.leave()
+    await turns(5)
+    shown.set()
+    workers.work.log.append("a")
+    await asyncio.sleep(0.1)
+    assert told == []
+    await workers.aclose()
+
+
+@virtual_time
+async def test_only_what_must_arrive_goes_through_the_database() -> None:
+    """Where there is no quick way, every heartbeat of a follower would be a row."""
+    slow = World().worker("me").signals
+    sent: list[str] = []
+
+    async def send(signal: Signal, _to: str | None = None) -> None:
+        sent.append(signal.kind)
+
+    slow.send = send  # type: ignore[method-assign]
+    fleet = Fleet(b"secret", slow=slow)
+    with fleet.follow("name", "other", nothing) as following:
+        following.hold()
+        await asyncio.sleep(10)
+        following.let_go(withdrawn=True)
+        await turns(5)
+    assert sent == ["let_go"]
     await fleet.aclose()
