@@ -1,7 +1,7 @@
 """Clients that come at once to a server that is busy, or to one that is not: `python -m bench.http.arrivals`.
 
-Some connections ask again as soon as they are answered; beside them others come at once, with one request each. Measured
-is from the connect to the first byte for those, and from the send to the last byte for the ones that were there, until
+Some connections ask again as soon as they are answered; beside them others come at once, with one request each. The
+time is from the connect to the first byte for those, and from the send to the last byte for the ones that were there, until
 all are answered. Servers differ in how many connections they accept beside the first; they take turns.
 """
 
@@ -80,6 +80,8 @@ class Arrivals:
             if fd in self.new:
                 connection, began_ns = self.new.pop(fd)
                 connection.receive()
+                if connection.received[9:12] != b"200":
+                    raise RuntimeError(f"status {connection.received[9:12].decode('latin-1')}")
                 self.new_ms.append((time.monotonic_ns() - began_ns) / 1e6)
                 self.poll.unregister(fd)
                 connection.socket.close()
