@@ -1,7 +1,7 @@
 """Clients that come at once to a server that is busy, or to one that is not: `python -m bench.http.arrivals`.
 
-Some connections ask again as soon as they are answered; beside them others come at once, with one request each. The
-time is from the connect to the first byte for those, and from the send to the last byte for the ones that were there, until
+Some connections ask again as soon as they are answered; beside them others come at once, with one request each. For
+those the time is from the connect to the first byte, for the ones that were there from the send to the last byte, until
 all are answered. Servers differ in how many connections they accept beside the first; they take turns.
 """
 
