@@ -317,7 +317,7 @@ class Server(uvicorn.Server):
     Args:
         app: What is served.
         drain_s: See above.
-        at_once: As in `Listener.open`, for every socket.
+        at_once: As in `Listener.open`, for the sockets it is started with.
     """
 
     def __init__(self, app: App, *, drain_s: float, at_once: int = AT_ONCE) -> None:
@@ -348,16 +348,16 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup([])
         for bound in sockets or ():
-            await self.accept_on(bound)
+            await self.accept_on(bound, self._at_once)
         _spare_the_collector()
 
-    async def accept_on(self, bound: socket.socket) -> Listener:
-        """Accept on one more socket, until the returned listener is closed or all are."""
+    async def accept_on(self, bound: socket.socket, at_once: int) -> Listener:
+        """Accept on one more socket, until the returned listener is closed or all are. Errors as in `Listener.open`."""
 
         def protocol() -> GuardedProtocol:
             return GuardedProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-        listener = await Listener.open(bound, protocol, backlog=BACKLOG, at_once=self._at_once)
+        listener = await Listener.open(bound, protocol, backlog=BACKLOG, at_once=at_once)
         # For what uvicorn does with its servers, a listener is one.
         self.servers.append(cast("Any", listener))
         return listener

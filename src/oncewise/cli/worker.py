@@ -161,7 +161,8 @@ class WorkerServer(Server):
                 self.servers.remove(cast("Any", listener))
         for slot in slots - self._inherited.keys():
             # Copies: closing a server closes its socket, and ours may be needed again.
-            self._inherited[slot] = [await self.accept_on(bound.dup()) for bound in self._groups[slot]]
+            # One at a time: their own worker may be serving already, and is to have its share.
+            self._inherited[slot] = [await self.accept_on(bound.dup(), 0) for bound in self._groups[slot]]
 
     def _release_port(self) -> None:
         """Stop listening at once, so that another server can be started while this one ends."""
