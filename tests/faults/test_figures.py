@@ -120,7 +120,8 @@ def test_figures_are_recorded_in_parts(tmp_path):
 
 def test_a_row_of_the_matrix_that_fails_or_is_skipped_is_a_violation():
     """So is a run that ended before all rows were seen."""
-    report = """<testsuites><testsuite><testcase name="F12"/><testcase name="F14"><failure message="not gone"/></testcase>
+    report = """<testsuites><testsuite><testcase name="F12"/>
+    <testcase name="F14"><failure message="not gone"/></testcase>
     <testcase name="F16"><error message="no server"/></testcase>
     <testcase name="F41"><skipped message="no libfaketime"/></testcase></testsuite></testsuites>"""
     trials = rows_of(report, 1, 1)
