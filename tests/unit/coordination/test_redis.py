@@ -112,3 +112,26 @@ async def test_a_url_that_cannot_be_used_is_refused_without_being_shown(url):
     with pytest.raises(BadAddress) as refused:
         await open_redis(url, deployment="d", address="me", patience_s=0.1)
     assert "hunter2" not in str(refused.value)
+
+
+async def test_limits_do_not_wait_until_a_server_that_is_late_is_away(tmp_path):
+    """They have another way; a claim has none, and is told when it is sure."""
+    server = RedisServer(tmp_path / "late").start()
+    try:
+        async with opened(server.url) as coordination:
+            limiter = coordination.limiter("openai", rate=10.0, burst=1)
+            slots = coordination.slots("openai", limit=1)
+            assert await limiter.reserve() == 0.0
+            server.pause()
+            claiming = asyncio.ensure_future(coordination.claims.claim("n", "me", lease_s=1))
+            for ask in (limiter.reserve, slots.take):
+                with pytest.raises(CoordinationUnavailable):
+                    await ask()
+                assert coordination.link.late
+                assert not claiming.done()
+            with pytest.raises(CoordinationUnavailable):
+                await claiming
+            assert not coordination.link.up
+            server.resume()
+    finally:
+        server.kill()
