@@ -239,3 +239,26 @@ async def test_who_waits_longest_for_a_slot_is_told_first(server):
         assert not waiting[1].done()
         slots[1].give_back()
         await waiting[1]
+
+
+async def test_limits_do_not_wait_until_a_server_that_is_late_is_away(tmp_path):
+    """They have another way; a claim has none, and is told when it is sure."""
+    server = RedisServer(tmp_path / "late").start()
+    try:
+        async with opened(server.url) as coordination:
+            limiter = coordination.limiter("openai", rate=10.0, burst=1)
+            slots = coordination.slots("openai", limit=1)
+            assert await limiter.reserve() == 0.0
+            server.pause()
+            claiming = asyncio.ensure_future(coordination.claims.claim("n", "me", lease_s=1))
+            for ask in (limiter.reserve, slots.take):
+                with pytest.raises(CoordinationUnavailable):
+                    await ask()
+                assert coordination.link.late
+                assert not claiming.done()
+            with pytest.raises(CoordinationUnavailable):
+                await claiming
+            assert not coordination.link.up
+            server.resume()
+    finally:
+        server.kill()
