@@ -207,6 +207,9 @@ class RemoteTurn:
         row, log = self.row, self.log
         if log is None or log.closed or self._yielded or row.state.final or not row.partial:
             return
+        if row.owner == self._desk.fleet.address:
+            # Somebody here has just taken it over, and is about to take the log along and begin it again.
+            return
         if row.epoch == log.epoch and row.partial_seq <= log.deltas:
             self._behind_at = None
             return

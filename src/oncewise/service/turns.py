@@ -273,7 +273,9 @@ class TurnRun:
             log = self._desk.hub.open((claim.org_id, claim.turn_id), claim.epoch)
         else:
             self._watched = log.viewers > 0
-            log.restart(claim.epoch, RESET, {"epoch": claim.epoch, "reason": "leader_lost"})
+            # Unless somebody looked only after the row was taken over: nothing of an older epoch is in the log then.
+            if claim.epoch > log.epoch:
+                log.restart(claim.epoch, RESET, {"epoch": claim.epoch, "reason": "leader_lost"})
         self.log, self.viewed = log, self
         self._desk.enter(claim, self)
         role = Role.BYPASS if self.ask.force_new else Role.LEADER
