@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from oncewise.model import ChatRequest
 from tests.property import test_admission as admission
 from tests.simulation.bugs import PLANTED
 from tests.simulation.histories import history
@@ -39,6 +40,19 @@ def test_lost_turns_are_answered_by_others():
         fleet.tear_down()
 
     assert {1, 2} <= epochs
+
+
+def test_turns_of_several_workers_share_calls():
+    """Nor does that go untried: turns are stored with the text of a call that another worker made."""
+    shared = 0
+    for seed in range(100):
+        fleet = history(seed)
+        makers = {call.text: call.worker for call in fleet.provider_calls if isinstance(call.request, ChatRequest)}
+        answers = [(turn.owner, turn.assistant_message) for turn in fleet.completed()]
+        shared += sum(said is not None and makers.get(said.content, owner) != owner for owner, said in answers)
+        fleet.tear_down()
+
+    assert shared > 0
 
 
 def told(seed: int) -> list[Any]:

@@ -337,12 +337,6 @@ class RemoteTurns:
         for remote in self._turns.values():
             remote.look()
 
-    def owners_lost(self, owners: frozenset[str]) -> None:
-        """Look at once at the turns of workers that are dead."""
-        for remote in self._turns.values():
-            if remote.row.owner in owners:
-                remote.look()
-
     def forget(self, remote: RemoteTurn) -> None:
         """For `RemoteTurn`: it is looked at no more."""
         key = (remote.row.org_id, remote.row.id)
