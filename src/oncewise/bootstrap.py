@@ -228,7 +228,7 @@ async def _wire(
     rules = TurnRules(replay_window_s=settings.replay_window_s, lease_s=settings.lease_s)
     turns = Turns(
         ledger=ledger,
-        calls=_calls(lanes, ledger, opening),
+        calls=_calls(lanes, ledger, fleet, opening),
         flights=flights,
         hub=hub,
         owner=owner,
@@ -255,7 +255,7 @@ async def _wire(
     slow.quiet = lambda: fleet.prompt
     await _resolve_lost(ledger, database)
     shared = metrics.run(then=prometheus.publish)
-    lost = _free_lost(ledger, database, turns.remotes.owners_lost)
+    lost = _free_lost(ledger, database, fleet.owners_lost)
     for beside in (shared, keys.run(), limits.run(), lost, _sweep(ledger, settings.lease_s)):
         opening.push_async_callback(_background(beside))
     return Services(
@@ -276,11 +276,11 @@ async def _wire(
     )
 
 
-def _calls(lanes: Lanes, ledger: SqlTurnLedger, opening: AsyncExitStack) -> Calls:
+def _calls(lanes: Lanes, ledger: SqlTurnLedger, fleet: Fleet, opening: AsyncExitStack) -> Calls:
     flights = Coalescer(deadline_s=None, abandon_after_s=0.0, remember=remember_s)
     opening.push_async_callback(flights.aclose)
     logs = StreamHub(max_total_bytes=LOG_BYTES // 4, retention_s=0.0)
-    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id)
+    return Calls(lanes, ledger=ledger, flights=flights, logs=logs, ids=_new_id, fleet=fleet)
 
 
 def _policies(settings: Settings) -> Policies:
@@ -331,7 +331,7 @@ async def _resolve_lost(ledger: SqlTurnLedger, database: Database) -> None:
 
 
 async def _free_lost(ledger: SqlTurnLedger, database: Database, tell: Callable[[frozenset[str]], None]) -> None:
-    """Let the leases of dead owners lapse, and tell whoever follows one of their turns, to take it over."""
+    """Let the leases of dead owners lapse, and tell whoever follows one of their turns or calls, to take it over."""
     while True:
         await asyncio.sleep(LOOK_EVERY_S)
         with suppress(OncewiseError):

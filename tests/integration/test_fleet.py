@@ -788,3 +788,55 @@ async def test_a_server_that_stops_hands_its_turns_to_who_waits(losing):
     with pytest.raises(OncewiseError):
         await mine
     await stopping
+
+
+class SlowToTakeOver:
+    """A ledger that says late who took a turn over."""
+
+    def __init__(self, ledger: Any) -> None:
+        self._ledger = ledger
+        self.taken = asyncio.Event()
+        self.goes_on = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ledger, name)
+
+    async def take_over(self, claim: Any, **fields: Any) -> Any:
+        taken = await self._ledger.take_over(claim, **fields)
+        if taken is not None:
+            self.taken.set()
+            await self.goes_on.wait()
+        return taken
+
+
+async def test_a_viewer_that_comes_while_a_turn_is_taken_over_sees_it(tmp_path):
+    """The row is this worker's by then, and nobody leads the turn in it yet."""
+    async with AsyncExitStack() as opened:
+        provider = ScriptedProvider(deltas=["an ", "answer"], held=True)
+        opened.callback(provider.go.set)
+        lead, other = [
+            await opened.enter_async_context(
+                open_desk(tmp_path / "ow.db", provider, owner=name, world=None, ledger=wrapper, lease_s=1.2)
+            )
+            for name, wrapper in (("lead", Pausable), ("other", SlowToTakeOver))
+        ]
+        opened.callback(lead.ledger.goes_on.set)
+        opened.callback(other.ledger.goes_on.set)
+        thread = await lead.thread()
+        mine = await post(lead, thread)
+        await admitted(lead, thread)
+        theirs = await post(other, thread)
+        await provider.started.wait()
+        lead.ledger.goes_on.clear()
+        await other.ledger.taken.wait()
+        (remote,) = other.turns.remotes._turns.values()
+        remote.look()
+        await until(lambda: remote.row.epoch == 2)
+        viewer = (await remote.watch()).view()
+        other.ledger.goes_on.set()
+        provider.go.set()
+
+        assert (await theirs)[0].stored.epoch == 2
+        assert b"".join([chunk async for chunk in viewer]).decode() == provider.text
+        lead.ledger.goes_on.set()
+        await mine

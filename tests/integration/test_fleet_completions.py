@@ -308,3 +308,40 @@ async def test_a_claim_that_was_lost_gives_nobody_anothers_answer(pair):
     pair.provider.go.set()
     told = await asyncio.gather(*tasks)
     assert [role for _, role in told] == [Role.LEADER, Role.LEADER]
+
+
+async def test_a_worker_that_is_known_to_be_dead_is_not_waited_for(pair):
+    """Its claim would hold for ten seconds; it is given up for it, also by who comes later."""
+    tasks = await started(pair, pair.lead.ask(), pair.other.ask())
+    pair.lead.coordination.die()
+    began_s = asyncio.get_running_loop().time()
+    pair.other.fleet.owners_lost(frozenset({"lead"}))
+    await until(lambda: len(pair.provider.calls) == 2)
+    assert asyncio.get_running_loop().time() - began_s < 1.0
+    pair.provider.go.set()
+    assert (await tasks[1])[1] is Role.LEADER
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_who_followed_a_call_gives_up_no_claim(pair):
+    """It was never its own: nothing is asked of the server for it."""
+    tasks = await started(pair, pair.lead.ask(), pair.other.ask())
+    released = []
+    claims = pair.other.fleet.claims
+
+    class Watched:
+        def __getattr__(self, name):
+            released.append(name)
+            return getattr(claims, name)
+
+    pair.other.fleet.claims = Watched()
+    tasks.append(asyncio.create_task(pair.other.ask(body={**BODY, "seed": 1})))
+    await until(lambda: len(pair.provider.calls) == 2)
+    tasks.append(asyncio.create_task(pair.lead.ask(body={**BODY, "seed": 2})))
+    await until(lambda: len(pair.provider.calls) == 3)
+    tasks.append(asyncio.create_task(pair.other.ask(body={**BODY, "seed": 2})))
+    await asyncio.sleep(0.05)
+    pair.provider.go.set()
+    await asyncio.gather(*tasks)
+    await asyncio.sleep(0.05)
+    assert released == ["claim", "claim", "release"]

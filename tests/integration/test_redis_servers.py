@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -562,3 +563,54 @@ async def test_a_server_without_the_driver_says_what_to_install(tmp_path):
     said = await refusal(tmp_path, url="redis://:hunter2@h:99999999/0")
     assert "ONCEWISE_REDIS_URL" in said
     assert "hunter2" not in said
+
+
+# -- one call, many turns ----------------------------------------------------------------------------------------
+
+
+async def test_threads_of_two_servers_that_send_one_prompt_make_one_call(site):
+    """JSON and streams, twenty turns: one text, one call, paid for once in the figures of both."""
+    threads = [await site.servers[number % 2].thread() for number in range(20)]
+    said = {"content": "the same everywhere", "model": "lat600-n5"}
+    before = await upstream_calls(site)
+    asked = [
+        (site.servers[number % 2].say if number % 4 < 2 else site.servers[number % 2].stream)(thread, **said)
+        for number, thread in enumerate(threads)
+    ]
+
+    replies = await asyncio.gather(*asked)
+
+    assert [reply.status for reply in replies] == [200] * 20
+    assert calls(site) == 1
+    assert len({(await site.first.messages(thread))[1] for thread in threads}) == 1
+    async with asyncio.timeout(5):
+        while await upstream_calls(site) != before + 1:
+            await asyncio.sleep(0.1)
+
+
+async def upstream_calls(site: Site) -> int:
+    figures = await site.second.ask("GET", "/api/metrics/performance?last_n=1000")
+    return int(figures.json()["upstream"]["calls"])
+
+
+async def test_a_killed_server_costs_those_that_shared_its_call_one_more(tmp_path):
+    """Whoever has been shown nothing is answered within seconds; who has seen something is told, and keeps it."""
+    async with two_servers(tmp_path) as site:
+        mine, unseen, seen = [await site.second.thread() for _ in range(3)]
+        said = {"content": "the same everywhere", "model": "n40-gap100"}
+        leading = asyncio.ensure_future(site.first.say(mine, **said))
+        await until(lambda: calls(site) == 1)
+        waiting = asyncio.ensure_future(site.second.say(unseen, **said))
+        async with await stream_of(site.second, seen, **said) as watch:
+            await watch.until("delta")
+            site.first.signal(signal.SIGKILL)
+            killed_s = time.monotonic()
+            ending = terminal(await watch.rest())
+            assert time.monotonic() - killed_s < 4
+            reply = await waiting
+
+    assert (ending.data["code"], ending.data["retryable"]) == ("leader_lost", True)
+    assert reply.status == 200
+    assert time.monotonic() - killed_s < 4 + 5
+    assert calls(site) == 2
+    await asyncio.gather(leading, return_exceptions=True)

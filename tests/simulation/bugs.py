@@ -108,6 +108,7 @@ class RetryAfterTheFirstDelta(Calls):
         running = self.flights.follow(key)
         if running is None:
             running = self.flights.join(key, _RetryingRun(self, self.lane(request.provider), org_id, request, origin))
+            running.flight.work.flight = running.flight
         return running, running.flight.work  # type: ignore[return-value]
 
 

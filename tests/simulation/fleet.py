@@ -193,7 +193,7 @@ class Worker:
     def _make(self) -> None:
         fleet, machine = self._fleet, self.machine
         way = WayThere(fleet.between, machine) if fleet.between is not None else None
-        among = Among(b"secret", coordination=way)  # type: ignore[arg-type]
+        self.among = among = Among(b"secret", coordination=way)  # type: ignore[arg-type]
         limiter = LocalLimiter(fleet.rps, 1, machine.loop.time)
         self.pacer = Pacer(limiter, concurrency=8)
         lane = ProviderLane(fleet.parts.provider(fleet, machine), self.pacer, "small", RetryBudget())  # type: ignore[arg-type]
@@ -204,6 +204,7 @@ class Worker:
             logs=StreamHub(retention_s=0.0),
             ids=fleet.new_id,
             chance=fleet.world.chance.random,
+            fleet=among,
         )
         self.hub = fleet.parts.hub(JsonLines(), retention_s=5.0)
         self.turns = Turns(
@@ -235,6 +236,7 @@ class Worker:
             if self._fleet.dead:
                 with contextlib.suppress(StorageUnavailable):
                     await self.ledger.lapse(tuple(self._fleet.dead))
+                    self.among.owners_lost(frozenset(self._fleet.dead))
 
     async def _sweep(self, first_s: float) -> None:
         await asyncio.sleep(first_s)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from oncewise.model import ChatRequest
 from tests.property import test_admission as admission
 from tests.simulation.bugs import PLANTED
 from tests.simulation.histories import FAULTS, history
@@ -46,6 +47,19 @@ def test_everything_happens_that_promises_are_about():
     faults = {fault.__name__.strip("_").replace("_", " ") for fault in FAULTS}
     happens = {"entries relayed", "claims", "claims refused", "messages lost", "turns taken over", "turns completed"}
     assert {what for what, times in counts.items() if times} >= faults | happens | {"steps in another order"}
+
+
+def test_turns_of_several_workers_share_calls():
+    """Nor does that go untried: turns are stored with the text of a call that another worker made."""
+    shared = 0
+    for seed in range(100):
+        fleet = history(seed)
+        makers = {call.text: call.worker for call in fleet.provider_calls if isinstance(call.request, ChatRequest)}
+        answers = [(turn.owner, turn.assistant_message) for turn in fleet.completed()]
+        shared += sum(said is not None and makers.get(said.content, owner) != owner for owner, said in answers)
+        fleet.tear_down()
+
+    assert shared > 0
 
 
 def told(seed: int) -> list[Any]:

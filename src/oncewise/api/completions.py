@@ -26,8 +26,7 @@ from oncewise.core.coalesce import Landed, Waiter
 from oncewise.core.stream_hub import Position, Viewer
 from oncewise.errors import ModelNotFound, NotFound, OncewiseError, ShuttingDown
 from oncewise.model import Role
-from oncewise.service.completions import CompletionRun, CompletionTicket, RemoteCall
-from oncewise.service.shared_calls import Completion
+from oncewise.service.completions import Completion, CompletionRun, CompletionTicket, RemoteCall
 
 __all__ = ["CompletionRoutes"]
 

@@ -2,25 +2,32 @@
 
 A *call flight* is identified by the tenant and the whole canonical provider request. It owns the provider call, its
 retries and its log, and stores nothing but the fact that the call was made. Twenty threads that send the same prompt
-at once are twenty turn flights and one call flight.
+at once are twenty turn flights and one call flight, over all workers (`oncewise.service.shared_calls`).
+
+A text that another worker tells may end in the middle, with that worker. It is held for whoever waits, and counts as
+seen once a turn has taken it; what nobody took is worth nothing, and whoever waits for it joins the call anew.
 
 Deliberately absent: turns, messages, HTTP, and which provider speaks which wire format.
 """
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from oncewise.core.coalesce import Coalescer, Flight, Waiter
 from oncewise.core.keys import RequestKey, request_key
 from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.errors import ProviderProtocolError, StorageFull, StorageUnavailable, UnknownProvider
-from oncewise.model import ChatRequest, TurnClaim, Usage
+from oncewise.model import ChatRequest, FinishReason, TurnClaim, Usage
 from oncewise.ports import CallRecord, Completion, TextDelta, TurnLedger
 from oncewise.service.accounts import Bill
-from oncewise.service.attempts import Attempts, ProviderLane, remember_s
+from oncewise.service.attempts import ProviderLane, remember_s
+from oncewise.service.fleet import Fleet
+from oncewise.service.shared_calls import SharedCall
 
 __all__ = ["CallResult", "CallRun", "Calls", "ProviderLane", "remember_s"]
 
@@ -32,7 +39,7 @@ class CallResult:
     Attributes:
         text: The whole answer.
         usage: The provider's figures, or our estimate, marked as such.
-        calls: Requests made to the provider, retries included.
+        calls: Requests made to the provider, retries included; 0 if another worker made them.
         queue_wait_s: Seconds the first attempt waited for its start.
         first_delta_s: When the first text came, by the event loop's clock.
     """
@@ -46,23 +53,22 @@ class CallResult:
     first_delta_s: float
 
 
-class CallRun(Attempts[CallResult]):
+class CallRun(SharedCall[CallResult]):
     """The work of one call flight.
 
     Attributes:
-        call_id: Names the call in the ledger and in answers.
-        log: The text as it comes; closed when the call has ended, however it did.
-        flight: The flight that does this work.
+        log: The text as it comes.
+        taken: A turn has taken of the text while it came, to show it.
+        lost: The rest of it is lost with the worker that made the call.
     """
-
-    flight: Flight[CallResult]
 
     def __init__(
         self, calls: "Calls", lane: ProviderLane, org_id: str, request: ChatRequest, origin: TurnClaim
     ) -> None:
-        super().__init__(lane, org_id, request.model, calls.chance)
-        self.call_id = calls.ids()
+        super().__init__(calls, lane, org_id, request.model)
         self.log = StreamLog(calls.logs, (org_id, self.call_id))
+        self.taken = False
+        self.lost = False
         self._desk = calls
         self._request = request
         self._origin = origin
@@ -81,25 +87,61 @@ class CallRun(Attempts[CallResult]):
         return Bill(request.provider, request.model, result.usage, end.cost_usd, end.model)
 
     def when_started(self, tell: Callable[[], None]) -> None:
-        """Call `tell` when the provider is about to be called; at once if it has been."""
-        if self.queue_wait_s is None:
+        """Call `tell` when the provider is about to be called; at once if it has been, or another worker sees to it."""
+        if self.queue_wait_s is None and self.holder is None:
             self._on_start.append(tell)
         else:
             tell()
 
     async def __call__(self, flight: Flight[CallResult]) -> CallResult:
-        """Make the call.
+        """Make the call, or repeat it.
 
         Raises:
-            OncewiseError: as `Attempts.run` and `TurnLedger.record_call`.
+            OncewiseError: as `SharedCall` and `TurnLedger.record_call`.
         """
         # Not sooner: a flight that is dropped before its first step would leave its log behind.
         self._desk.logs.hold(self.log)
         try:
-            return await self.run(flight)
+            return await super().__call__(flight)
         finally:
-            self.log.close("end", {})
-            self._desk.logs.drop((self._org_id, self.call_id))
+            self._desk.logs.drop(self.log.key)
+
+    # -- in several workers --------------------------------------------------------------------------------------
+
+    @property
+    def _claimed(self) -> RequestKey:
+        return self._desk.key(self._org_id, self._request)
+
+    @property
+    def _seen(self) -> bool:
+        return self.taken
+
+    def _packed(self, answer: CallResult) -> dict[str, Any]:
+        end, usage = answer.completion, answer.usage
+        # In ASCII: what a provider says may hold halves of surrogate pairs, which no relay takes as text.
+        said = json.dumps([end.finish_reason.value, end.model, end.citations, end.cost_usd])
+        return {"said": said, "usage": [usage.prompt_tokens, usage.completion_tokens, usage.estimated]}
+
+    def _unpacked(self, ending: Mapping[str, Any]) -> CallResult:
+        reason, model, citations, cost_usd = json.loads(ending["said"])
+        prompt, completion, estimated = ending["usage"]
+        usage = Usage(prompt, completion, estimated=estimated)
+        cited = None if citations is None else tuple(citations)
+        return self._result_of(Completion(FinishReason(reason), usage, model, cited, cost_usd))
+
+    def _begin_again(self) -> bool:
+        # Turns look at this log already, so it cannot be another one.
+        self.lost = self.log.closed or self.log.deltas > 0
+        return not self.lost
+
+    def _follows(self) -> None:
+        # Or will be soon, and nothing here can say when: who leaves now leaves a call that runs.
+        self._started()
+
+    def _told(self) -> None:
+        self._first_delta_s = self._first_delta_s or asyncio.get_running_loop().time()
+
+    # -- here ----------------------------------------------------------------------------------------------------
 
     @property
     def _shown(self) -> bool:
@@ -174,6 +216,7 @@ class Calls:
         logs: StreamHub,
         ids: Callable[[], str],
         chance: Callable[[], float] = random.random,
+        fleet: Fleet | None = None,
     ) -> None:
         self.lanes = lanes
         self.ledger = ledger
@@ -181,6 +224,7 @@ class Calls:
         self.logs = logs
         self.ids = ids
         self.chance = chance
+        self.fleet = fleet or Fleet(b"")
 
     def lane(self, provider: str) -> ProviderLane:
         """The lane of a configured provider.

@@ -33,11 +33,9 @@ from oncewise.core.keys import RequestKey, canonical, request_key
 from oncewise.core.stream_hub import StreamHub, StreamLog
 from oncewise.errors import (
     Failure,
-    FlightCancelled,
     IdempotencyMismatch,
     LeaderLost,
     ModelNotFound,
-    OncewiseError,
     ProviderProtocolError,
     ShuttingDown,
     TurnCancelled,
@@ -46,18 +44,15 @@ from oncewise.errors import (
 from oncewise.model import CompletionRequest, Role, Usage
 from oncewise.ports import Chunk, Listener, Signal
 from oncewise.service.accounts import Bill, Share
-from oncewise.service.attempts import Attempts, ProviderLane, remember_s
+from oncewise.service.attempts import ProviderLane, remember_s
 from oncewise.service.fleet import Fleet
 from oncewise.service.model_names import ModelNames
-from oncewise.service.shared_calls import CallLost, Claim, Completion, Holder, call_name, ending_of, follow_call
+from oncewise.service.shared_calls import CallLost, Holder, SharedCall, follow_call
 from oncewise.service.sharing import Policies, Policy
 
 __all__ = ["Completion", "CompletionAsk", "CompletionRun", "CompletionTicket", "Completions", "Plan", "Wish"]
 
 KIND = "v1/chat/completions"
-
-LATE_S = 2.0
-"""How long a call that has ended is still told to workers that found its claim held and come for it."""
 
 TRANSPORT = MappingProxyType(
     {
@@ -122,126 +117,95 @@ class Plan:
     reason: str
 
 
-class CompletionRun(Attempts[Completion]):
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A call that ended well.
+
+    Attributes:
+        usage: Tokens: the provider's figures, or our estimate, marked as such.
+        figures: The same with all that the provider says about them.
+        head: `id`, `object`, `created` and `model` of every chunk.
+    """
+
+    usage: Usage
+    figures: Json
+    cost_usd: float | None
+    head: Json
+
+
+class CompletionRun(SharedCall[Completion]):
     """The work of one call flight.
 
     Attributes:
-        call_id: Names the call for clients.
-        log: The chunks as they come, each as the bytes of an event; closed when the call has ended, however it did.
+        log: The chunks as they come, each as the bytes of an event.
         first_s: When the first chunk could be seen, by the event loop's clock; 0.0 before.
-        flight: The flight that does this work.
         own: Whether it is shared with nobody.
         leader_id: Request id of whoever started it in this worker.
         streamed: Whether anybody may have seen a part of it.
-        holder: The worker that makes the call, if that is another one.
     """
 
-    flight: Flight[Completion]
-
     def __init__(self, desk: "Completions", lane: ProviderLane, org_id: str, plan: Plan, leader_id: str) -> None:
-        super().__init__(lane, org_id, plan.request.model, desk.chance)
-        self.call_id = desk.ids()
+        super().__init__(desk, lane, org_id, plan.request.model)
         self.org_id = org_id
         self.plan = plan
         self.own = plan.key is None
         self.leader_id = leader_id
         self.resumable = False
         self.idempotency: tuple[str, str] | None = None
-        self.log: StreamLog = desk.logs.open((org_id, self.call_id))
+        self.log = desk.logs.open((org_id, self.call_id))
         self.first_s = 0.0
         self.streamed = False
-        self.holder: Holder | None = None
         self._desk = desk
-        self._own_id = self.call_id
-        self._name: str | None = None
         self._followed: Completion | None = None
-        self._stopped: Failure | None = None
         self._created_s = desk.now_s()
         self._document: bytes | None = None
         self._answer: _Chunks | None = None
         self._bill: Bill | None = None
 
-    async def __call__(self, flight: Flight[Completion]) -> Completion:
-        """Make the call.
+    # -- in several workers --------------------------------------------------------------------------------------
 
-        Raises:
-            OncewiseError: as `Attempts.run`.
-        """
-        claim = self._desk.claim(self)
-        outcome: Completion | Failure = FlightCancelled().failure()
-        try:
-            outcome = await (self.run(flight) if claim is None else self._share(flight, claim))
-        except OncewiseError as error:
-            outcome = error.failure()
-            raise
-        finally:
-            self.log.close("end", ending_of(self._stopped or outcome))
-            if self._name is not None:
-                self._desk.fleet.ended(self._name, self, linger_s=LATE_S)
-        return outcome
+    @property
+    def _claimed(self) -> RequestKey | None:
+        return self.plan.key
 
-    async def _share(self, flight: Flight[Completion], claim: Claim) -> Completion:
-        """Make the call, unless another worker makes it."""
-        try:
-            while True:
-                self.holder = await claim.take()
-                if self.holder is None:
-                    claim.keep()
-                    self._desk.rename(self, self._own_id)
-                    self.enter()
-                    return await self.run(flight)
-                try:
-                    self._followed = await self._follow(self.holder, claim)
-                    return self._followed  # noqa: TRY300  the end of the loop is for calls that were lost
-                except CallLost:
-                    if self.log.closed or (self.streamed and self.log.deltas):
-                        raise LeaderLost from None
-                if self.log.deltas:
-                    # Nobody has seen it: whoever waits for the whole answer gets that of another call.
-                    self.log = self._desk.logs.open(self.log.key)
-                    self.first_s = 0.0
-        finally:
-            claim.give_up(self._desk.fleet.errands)
+    @property
+    def _seen(self) -> bool:
+        return self.streamed and self.log.deltas > 0
 
-    async def _follow(self, holder: Holder, claim: Claim) -> Completion:
-        """Repeat the call of another worker."""
-        self._desk.rename(self, holder.call_id)
-        return await follow_call(self._desk.fleet, self.org_id, holder, self.log, claim=claim, told=self._told)
+    def _packed(self, answer: Completion) -> Json:
+        usage = answer.usage
+        return {
+            "usage": [usage.prompt_tokens, usage.completion_tokens, usage.estimated],
+            "figures": answer.figures,
+            "cost_usd": answer.cost_usd,
+            "head": answer.head,
+        }
+
+    def _unpacked(self, ending: Mapping[str, Any]) -> Completion:
+        self._followed = _told_completion(ending)
+        return self._followed
+
+    def _begin_again(self) -> bool:
+        if self.log.closed or self._seen:
+            return False
+        if self.log.deltas:
+            # Nobody has seen it: whoever waits for the whole answer gets that of another call.
+            self.log = self._desk.logs.open(self.log.key)
+            self.first_s = 0.0
+        return True
+
+    def _rename(self, call_id: str) -> None:
+        self._desk.rename(self, call_id)
 
     def _told(self) -> None:
         self.first_s = self.first_s or asyncio.get_running_loop().time()
 
-    # -- for other workers ---------------------------------------------------------------------------------------
-
-    def enter(self) -> None:
-        """Other workers may follow this call."""
-        if self._name is None:
-            self._name = call_name(self._desk.fleet, self.org_id, self.call_id)
-            self._desk.fleet.lead(self._name, self)
-            if self.flight.outcome is not None:
-                self._desk.fleet.ended(self._name, self, linger_s=LATE_S)
-
-    @property
-    def requesters(self) -> int:
-        """How many wait for it."""
-        return self.flight.waiters
-
-    async def watch(self) -> StreamLog | None:
-        """Its log."""
-        return self.log
-
-    def board(self) -> Waiter[Any] | None:
-        """An interest in it; None if it is over."""
-        return self._desk.join(self)
-
-    def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:  # noqa: ARG002  nothing is kept
+    def stop(self, failure: Failure, *, keep_partial: bool = True) -> None:
         """End it for everyone, wherever it is made; one that has ended stays as it is."""
         self.resumable = True  # a second cancel finds it
-        self._stopped = self._stopped or failure
-        if self.holder is not None:
-            fleet = self._desk.fleet
-            fleet.stop(call_name(fleet, self.org_id, self.holder.call_id), self.holder.address)
-        self._desk.flights.cancel(self.flight, failure)
+        super().stop(failure, keep_partial=keep_partial)
+
+    # -- its answer ----------------------------------------------------------------------------------------------
 
     def document(self, completion: Completion) -> bytes:
         """The whole completion in JSON, put together once for all who ask."""
@@ -393,6 +357,12 @@ def _estimate(request: CompletionRequest, log: StreamLog) -> Usage:
     return Usage(-(-len(canonical(request.body.get("messages"))) // 4), log.deltas, estimated=True)
 
 
+def _told_completion(ending: Mapping[str, Any]) -> Completion:
+    prompt, completion, estimated = ending["usage"]
+    usage = Usage(prompt, completion, estimated=estimated)
+    return Completion(usage, ending["figures"], ending["cost_usd"], ending["head"])
+
+
 def _figures(usage: Usage) -> Json:
     return {
         "prompt_tokens": usage.prompt_tokens,
@@ -426,12 +396,20 @@ class RemoteCall:
             OncewiseError: how it ended, or `LeaderLost`.
         """
         try:
-            return await follow_call(self._desk.fleet, self._org_id, self._holder, self.log, told=self._came.set)
+            ending = await follow_call(
+                self._desk.fleet,
+                self._org_id,
+                self._holder,
+                self.log,
+                told=self._came.set,
+                seen=lambda: self.log.deltas > 0,
+            )
         except CallLost:
             raise LeaderLost from None
         finally:
             self.log.close("end", {})
             self._came.set()
+        return _told_completion(ending)
 
     async def reach(self, seq: int) -> None:
         """Wait until the chunks up to `seq` are there, for a moment at most."""
@@ -676,7 +654,7 @@ class Completions:
         run = self._runs.get((org_id, call_id))
         if run is not None:
             run.streamed = True
-            return run, self.join(run)
+            return run, run.board()
         found = await self.fleet.ask("find_call", data={"org": org_id, "call": call_id})
         key = ("remote", org_id, call_id)
         waiter = self.flights.follow(key)
@@ -709,14 +687,6 @@ class Completions:
         run.stop(TurnCancelled("The call was cancelled.").failure())
         return isinstance(run.flight.outcome, Landed)
 
-    def join(self, run: CompletionRun) -> Waiter[Completion] | None:
-        """An interest in a call, to be left; None if it has ended."""
-        waiter = None if run.flight.outcome is not None else self.flights.follow(run.flight.key)
-        if waiter is not None and waiter.flight is not run.flight:
-            waiter.leave()
-            return None
-        return waiter
-
     async def cancel(self, org_id: str, call_id: str) -> bool:
         """Stop a call for everyone, in whichever worker; return whether it had ended well before.
 
@@ -728,15 +698,6 @@ class Completions:
             return self._stop(run)
         answer = await self.fleet.ask("stop_call", data={"org": org_id, "call": call_id})
         return bool(answer["ended_well"])
-
-    # -- calls of several workers --------------------------------------------------------------------------------
-
-    def claim(self, run: CompletionRun) -> Claim | None:
-        """The claim to make a call that other workers may be asked for as well; None if it is shared with nobody."""
-        fleet, key = self.fleet, run.plan.key
-        if fleet.claims is None or key is None:
-            return None
-        return Claim(fleet.claims, fleet.name("claim", run.org_id, key.digest), Holder(fleet.address, run.call_id))
 
     def rename(self, run: CompletionRun, call_id: str) -> None:
         """A call goes by the name that its leader gave it."""

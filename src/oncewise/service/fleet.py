@@ -33,6 +33,8 @@ __all__ = ["Fleet", "Following", "Led"]
 RENEW_S = 2.0
 LAPSE_S = 7.0
 LINGER_S = 2.0
+LOST_S = 20.0
+"""For how long a lost worker is remembered: longer than anything that it holds by a lease."""
 ASK_S = 1.0
 ASK_SLOWLY_S = 2.5
 
@@ -102,6 +104,7 @@ class Following:
         self._holds = False
         self._mirror: Mirror | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._saying: asyncio.Handle | None = None
         self._renew()
 
     def _renew(self) -> None:
@@ -109,7 +112,12 @@ class Following:
         self._timer = asyncio.get_running_loop().call_later(RENEW_S, self._renew)
 
     def say(self) -> None:
-        """Tell the leader of this interest now."""
+        """Tell the leader of this interest now; what changes in one step is told in one word."""
+        if self._saying is None:
+            self._saying = asyncio.get_running_loop().call_soon(self._say)
+
+    def _say(self) -> None:
+        self._saying = None
         data = {"text": self._mirror is not None, "holds": self._holds}
         self._fleet.tell(Signal("follow", self.name, data=data), self.owner)
 
@@ -157,6 +165,8 @@ class Following:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            if self._saying is not None:
+                self._saying.cancel()
             if self._mirror is not None:
                 self._mirror.close()
             self._fleet.forget(self)
@@ -200,6 +210,7 @@ class Fleet:
         self.errands = Errands()
         self._led: dict[str, _Leading] = {}
         self._following: dict[str, list[Following]] = {}
+        self._lost: dict[str, float] = {}
         self._hearers: dict[str, Hearer] = {
             "follow": self._followed,
             "let_go": self._let_go,
@@ -348,6 +359,24 @@ class Fleet:
         following = Following(self, name, owner, ended)
         self._following.setdefault(name, []).append(following)
         return following
+
+    def owners_lost(self, owners: frozenset[str]) -> None:
+        """Workers are lost: what they led has ended for whoever follows it here, or is about to."""
+        until_s = asyncio.get_running_loop().time() + LOST_S
+        self._lost = {address: at_s for address, at_s in self._lost.items() if not self._is_past(at_s)}
+        self._lost.update(dict.fromkeys(owners, until_s))
+        for followings in list(self._following.values()):
+            for following in followings:
+                if following.owner in owners:
+                    following.ended()
+
+    def is_lost(self, address: str) -> bool:
+        """Whether a worker was lost a moment ago, so that what is said to be its own still is nobody's."""
+        return address in self._lost and not self._is_past(self._lost[address])
+
+    @staticmethod
+    def _is_past(at_s: float) -> bool:
+        return asyncio.get_running_loop().time() >= at_s
 
     def forget(self, following: Following) -> None:
         """For `Following.leave`."""

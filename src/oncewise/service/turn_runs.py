@@ -116,12 +116,13 @@ class TurnRun:
         self._task: asyncio.Task[Any] | None = None
         self._claim: TurnClaim | None = None
         self._call: CallRun | None = None
-        self._led_call = False
+        self._started_call = False
         self._stop: Failure | None = None
         self._keep_partial = True
         self._fenced = False
         self._ending = False
         self._watched = False
+        self._wanted = asyncio.Event()
         self._visible = False
         self._showing = asyncio.Lock()
         self._started_s = 0.0
@@ -299,14 +300,22 @@ class TurnRun:
             await self._desk.make_way(claim, keep_partial=self.ask.on_busy is OnBusy.INTERRUPT)
         await self._wait_for_place(claim, position)
         history = await self._desk.ledger.history(claim.org_id, claim.thread_id)
-        waiter, call = self._desk.calls.join(claim.org_id, self._request(history), claim)
-        with waiter:
-            self._call = call
-            self._led_call = waiter.role is Role.LEADER
-            call.when_started(self._call_started)
-            await self._copy(call)
-            result = await waiter.result()
-        return await self._commit(claim, result)
+        return await self._commit(claim, await self._called(claim, self._request(history)))
+
+    async def _called(self, claim: TurnClaim, request: ChatRequest) -> CallResult:
+        """The answer of the call; of another one if that is lost with its worker before anything of it was taken."""
+        while True:
+            waiter, call = self._desk.calls.join(claim.org_id, request, claim)
+            with waiter:
+                self._call = call
+                self._started_call = waiter.role is Role.LEADER
+                call.when_started(self._call_started)
+                await self._copy(call)
+                try:
+                    return await waiter.result()
+                except LeaderLost:
+                    if self.log is None or self.log.deltas:
+                        raise
 
     async def _wait_for_place(self, claim: TurnClaim, position: int) -> None:
         """Wait until the turns that came first have ended."""
@@ -335,11 +344,31 @@ class TurnRun:
         try:
             while not viewer.ended:
                 await viewer.wait(3600.0)
+                if call.holder is not None and not await self._may_take(call):
+                    return
                 text = viewer.take().decode()
                 if text:
                     await self._publish(text)
+        except asyncio.CancelledError:
+            if self._stop is not None and self.log is not None and not self.log.deltas and call.log.deltas:
+                # Held back until now; what has come of a cancelled turn is kept, if there is room.
+                with suppress(OncewiseError):
+                    self.log.append(call.log.text)
+            raise
         finally:
             viewer.close()
+
+    async def _may_take(self, call: CallRun) -> bool:
+        """Whether a text may be taken that another worker tells and may not tell to its end.
+
+        Not before somebody wants to see it, or the end has come: a turn that has none of it needs another call only.
+        """
+        if not self._watched:
+            self._wanted.clear()
+            call.flight.after(self._wanted.set)
+            await self._wanted.wait()
+        call.taken = call.taken or self._watched
+        return not call.lost or (self.log is not None and self.log.deltas > 0)
 
     async def _publish(self, text: str) -> None:
         if self.log is None:
@@ -368,7 +397,8 @@ class TurnRun:
             return self.viewed.now()
         if self.log is None:
             return None
-        return (TurnState.STREAMING, 0) if self.log.deltas else (TurnState.PENDING, self.queue_position)
+        comes = self.log.deltas or (self._call is not None and self._call.log.deltas)
+        return (TurnState.STREAMING, 0) if comes else (TurnState.PENDING, self.queue_position)
 
     @property
     def queue_wait_ms(self) -> float:
@@ -395,17 +425,18 @@ class TurnRun:
 
     @property
     def led_call(self) -> CallRun | None:
-        """The call that this flight leads; None while there is none, or it shares the call of another."""
-        return self._call if self._led_call else None
+        """The call that this flight leads; None while there is none, or it shares that of another flight or worker."""
+        return self._call if self._started_call and self._call is not None and self._call.holder is None else None
 
     @property
     def upstream_calls(self) -> int:
         """Requests this flight made to the provider; 0 while it shares the call of another."""
-        return self._call.calls if self._call is not None and self._led_call else 0
+        return self.led_call.calls if self.led_call is not None else 0
 
     async def watch(self) -> StreamLog | None:
         """The log, for a viewer: from now on the turn is marked visible before a delta is shown."""
         self._watched = True
+        self._wanted.set()
         if self.log is not None and self.log.deltas and not self._visible and not self.ended.is_set():
             await self._show()
             if not self._visible:
@@ -465,7 +496,7 @@ class TurnRun:
             model=completion.model or self.ask.model,
             call_id=call.call_id,
             citations=completion.citations,
-            shared=not self._led_call,
+            shared=self.led_call is None,
             deltas=self.log.deltas if self.log is not None else 0,
             cost_usd=completion.cost_usd,
             meta=self._desk.calls.lane(self.ask.provider).meta,
@@ -647,7 +678,11 @@ class Runs:
         if not turn.lease_lapsed:
             return None
         claim = TurnClaim(turn.org_id, turn.thread_id, turn.id, turn.idx, turn.epoch)
-        return await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        taken = await self.ledger.take_over(claim, owner=self.owner, lease_s=self.rules.lease_s)
+        if taken is not None and turn.owner != self.owner:
+            # Nor does it make the call any more that the turn was about.
+            self.fleet.owners_lost(frozenset({turn.owner}))
+        return taken
 
     async def stop_elsewhere(self, turn: StoredTurn, *, keep_partial: bool = True) -> None:
         """Ask the worker that leads a turn to stop it, and look again when it may have."""

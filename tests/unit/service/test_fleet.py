@@ -367,6 +367,27 @@ async def test_what_lingers_does_not_take_the_next_of_its_name_along() -> None:
 
 
 @virtual_time
+async def test_what_a_lost_worker_led_has_ended_for_who_follows_it() -> None:
+    """Not for those of other workers; and it is remembered for longer than it could hold anything."""
+    workers = Workers()
+    ended: list[str] = []
+    fleet = workers.fleets[1]
+    with (
+        fleet.follow(workers.name, "w0", lambda: ended.append("w0")),
+        fleet.follow("other", "w2", lambda: ended.append("w2")),
+    ):
+        fleet.owners_lost(frozenset({"w0"}))
+        assert "w0" in ended
+    assert fleet.is_lost("w0")
+    assert not fleet.is_lost("w2")
+    await asyncio.sleep(21.0)
+    assert not fleet.is_lost("w0")
+    fleet.owners_lost(frozenset())
+    assert fleet._lost == {}
+    await workers.aclose()
+
+
+@virtual_time
 async def test_a_log_that_nobody_wants_any_more_when_it_is_there_is_not_told() -> None:
     """To mark a turn visible takes its time, and who asked for its text may have left meanwhile."""
     workers = Workers()
@@ -416,3 +437,17 @@ async def test_only_what_must_arrive_goes_through_the_database() -> None:
         await turns(5)
     assert sent == ["let_go"]
     await fleet.aclose()
+
+
+@virtual_time
+async def test_an_interest_that_begins_is_told_in_one_word() -> None:
+    """That it is there, that requests wait and that the text is wanted."""
+    workers = Workers()
+    heard: list[Any] = []
+    workers.lead.hear("follow", lambda signal: heard.append(dict(signal.data)))
+    with workers.fleets[1].follow(workers.name, "w0", nothing) as following:
+        following.hold()
+        following.repeat(StreamHub().open("copy"), lambda epoch: ("reset", {"epoch": epoch}), nothing)
+        await turns(10)
+    assert heard == [{"text": True, "holds": True}]
+    await workers.aclose()
