@@ -235,7 +235,18 @@ async def test_ids_and_paths_that_are_not_ours(site):
 async def test_query_values_out_of_bounds(site):
     """422, without the value; what no route knows is not looked at."""
     thread = await site.thread()
-    for query in ("limit=0", "limit=201", "limit=k4n4ry", "limit=", "cursor=k4n4ry", "cursor=" + "k4n4ry" * 200):
+    for query in (
+        "limit=0",
+        "limit=201",
+        "limit=k4n4ry",
+        "limit=",
+        "limit=%2B5",
+        "limit=1.0",
+        "limit=1_0",
+        "limit=%205",
+        "cursor=k4n4ry",
+        "cursor=" + "k4n4ry" * 200,
+    ):
         reply = await timed(site.ask("GET", f"/api/threads/?{query}"))
         await refused(site, thread, query, reply, {"invalid_request"})
     for query in ("last_n=0", "last_n=10001", "last_n=1.5", "last_n=k4n4ry"):

@@ -22,7 +22,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic.functional_validators import AfterValidator
+from pydantic.functional_validators import AfterValidator, BeforeValidator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from oncewise.api.json_body import parse_json
@@ -36,6 +36,7 @@ __all__ = [
     "ParamsIn",
     "ThreadChanges",
     "ThreadIn",
+    "WrittenOut",
     "error_places",
     "is_id",
     "read_import",
@@ -47,6 +48,7 @@ MAX_CONTENT = 200_000
 
 _INVISIBLE = frozenset(("Zs", "Zl", "Zp", "Cc", "Cf"))
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_WHOLE = re.compile(r"-?[0-9]{1,20}")
 _SHOWABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,39}")
 
 M = TypeVar("M", bound=BaseModel)
@@ -63,6 +65,16 @@ def _visible(text: str) -> str:
         raise PydanticCustomError("invisible", "Text needs at least one visible character")
     return text
 
+
+def _digits_only(value: object) -> object:
+    # Pydantic reads "+5", "1.0", " 5" and "1_0" as whole numbers too.
+    if isinstance(value, str) and _WHOLE.fullmatch(value) is None:
+        raise PydanticCustomError("int_parsing", "Input should be a valid integer")
+    return value
+
+
+WrittenOut = BeforeValidator(_digits_only)
+"""For whole numbers of a query, which come as text: digits, and nothing else that could be read as a number."""
 
 Content = Annotated[str, StringConstraints(min_length=1, max_length=MAX_CONTENT), AfterValidator(_visible)]
 Provider = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]

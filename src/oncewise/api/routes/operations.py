@@ -7,6 +7,7 @@ from fastapi.responses import PlainTextResponse
 
 from oncewise.api.documents import Health, Performance, Readiness
 from oncewise.api.routes.common import Arrived, reply
+from oncewise.api.schema import WrittenOut
 from oncewise.bootstrap import DEGRADED
 from oncewise.errors import OrgMismatch
 
@@ -48,7 +49,7 @@ async def _figures_of(exchange: Arrived) -> str | None:
 async def performance(
     exchange: Arrived,
     own: Annotated[str | None, Depends(_figures_of)],
-    last_n: Annotated[int, Query(ge=1, le=10_000)] = 50,
+    last_n: Annotated[int, WrittenOut, Query(ge=1, le=10_000)] = 50,
     org_id: OrgName = None,
 ) -> Response:
     """Figures over the last finished requests: of all tenants or of `org_id`, with a tenant's API key of that one."""

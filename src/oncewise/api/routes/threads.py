@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Response
 from oncewise.api.answers import audit_json, created_json, dump, message_json, page_json, thread_json
 from oncewise.api.documents import Audit, ThreadCreated, ThreadList, ThreadOut
 from oncewise.api.routes.common import Arrived, PathId, for_a_tenant, json_body, reply
-from oncewise.api.schema import ThreadChanges, ThreadIn, read_import, read_model
+from oncewise.api.schema import ThreadChanges, ThreadIn, WrittenOut, read_import, read_model
 
 __all__ = ["router"]
 
@@ -31,7 +31,7 @@ async def create_thread(exchange: Arrived) -> Response:
 @router.get("", response_model=ThreadList, include_in_schema=False)
 async def list_threads(
     exchange: Arrived,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    limit: Annotated[int, WrittenOut, Query(ge=1, le=200)] = 50,
     cursor: Annotated[str | None, Query(max_length=512)] = None,
 ) -> Response:
     """Threads of the tenant, newest first."""
