@@ -25,7 +25,7 @@ async def pair(tmp_path: Path) -> AsyncIterator[Pair]:
 
 def following(desk: Desk) -> bool:
     """Whether a turn of this worker repeats the call of another."""
-    runs = desk.turns._runs.values()
+    runs = desk.turns.runs.led.values()
     return bool(runs) and all(run._call is not None and run._call.holder is not None for run in runs)
 
 
@@ -189,7 +189,7 @@ async def test_a_cancelled_turn_keeps_what_had_come(pair):
     other = await post(pair.other, theirs)
     await until(lambda: following(pair.other))
     pair.provider.go.set()
-    (run,) = pair.other.turns._runs.values()
+    (run,) = pair.other.turns.runs.led.values()
     await until(lambda: run._call.log.deltas > 3)
     await pair.other.turns.cancel_thread(theirs.org_id, theirs.id)
     with pytest.raises(OncewiseError):
@@ -209,7 +209,7 @@ async def test_a_turn_whose_only_client_left_is_stored(pair):
     await asyncio.sleep(0.05)
     pair.provider.go.set()
     await leading
-    await until(lambda: not pair.other.turns._runs)
+    await until(lambda: not pair.other.turns.runs.led)
     await asyncio.sleep(0.01)
     await pair.settled()
     assert len(await pair.other.messages(theirs)) == 2
@@ -242,7 +242,7 @@ async def test_text_that_nobody_saw_is_replaced(pair):
     other = await post(pair.other, theirs)
     await until(lambda: following(pair.other))
     pair.provider.go.set()
-    (run,) = pair.other.turns._runs.values()
+    (run,) = pair.other.turns.runs.led.values()
     await until(lambda: run._call.log.deltas > 3)
     pair.provider.deltas = ["another ", "answer"]
     lost(pair)

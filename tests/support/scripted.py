@@ -89,7 +89,7 @@ class Desk:
         assert (pacer.waiting, pacer.running) == (0, 0)
         # Calls that ended a moment ago are still told to whoever comes late.
         assert [led.work for led in self.fleet._led.values() if led.work.flight.outcome is None] == []
-        assert not any(led.work in self.turns._runs.values() for led in self.fleet._led.values())
+        assert not any(led.work in self.turns.runs.led.values() for led in self.fleet._led.values())
 
     def _left(self) -> list[object]:
         """What the registries of turns hold still, and beats that go on."""
