@@ -13,7 +13,7 @@ UV := UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(PIP) config 
   test -n "$$UV_DEFAULT_INDEX" && export UV_DEFAULT_INDEX || unset UV_DEFAULT_INDEX; \
   VIRTUAL_ENV=$(VENV) $(BIN)/uv --quiet
 
-.PHONY: setup demo test clients browser clock lint bench simulate faults lock docs clean help
+.PHONY: setup demo test clients browser clock redis lint bench simulate faults lock docs clean help
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: setup ## a server, a slow provider, three bursts, a verdict; then the server stays up
 	@$(BIN)/oncewise demo
 
-test: setup clients browser clock ## the whole test suite
+test: setup clients browser clock redis ## the whole test suite
 	@$(BIN)/python -m pytest
 
 clients: $(NODE) $(LANGCHAIN) ## other people's clients, for the tests that run them against the server
