@@ -2,7 +2,8 @@
 # The server with everything a fleet needs. Built in one stage, run from another, as a user who may write only its data.
 #
 #   docker build -t oncewise .
-#   docker run --rm oncewise --help
+#   docker run --rm --volume oncewise:/data oncewise keys create --org acme
+#   docker run --detach --publish 8000:8000 --volume oncewise:/data --env OPENAI_API_KEY --stop-timeout 40 oncewise
 #
 # PYTHON may be set to an image with a digest, for builds that can be repeated to the byte.
 ARG PYTHON=python:3.11-slim-trixie
