@@ -149,7 +149,7 @@ class HeldLedger:
 async def test_text_is_shown_after_the_turn_is_marked_visible(tmp_path):
     """Else a turn that was shown could be called for again, and its text be replaced."""
     async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
-        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "mark_visible")
+        ledger = site.services.turns.runs.ledger = HeldLedger(site.services.turns.runs.ledger, "mark_visible")
         async with watching(site, stream_of(await site.thread()), {"content": "Hello"}) as watch:
             await until(lambda: ledger.calls)
             first = asyncio.create_task(watch.until("delta"))
@@ -165,7 +165,7 @@ async def test_text_is_shown_after_the_turn_is_marked_visible(tmp_path):
 async def test_done_comes_after_the_commit(tmp_path):
     """Nobody is told before, in a stream or as JSON; who has `done` finds the pair from another connection."""
     async with serve(tmp_path, ScriptedProvider(deltas=["a", "b"], gap_s=0.02)) as site:
-        ledger = site.services.turns.ledger = HeldLedger(site.services.turns.ledger, "commit")
+        ledger = site.services.turns.runs.ledger = HeldLedger(site.services.turns.runs.ledger, "commit")
         thread = await site.thread()
         said = {"content": "Hello"}
         async with (
