@@ -29,6 +29,11 @@ def following(desk: Desk) -> bool:
     return bool(runs) and all(run._call is not None and run._call.holder is not None for run in runs)
 
 
+def calling(desk: Desk) -> int:
+    """How many turns of this worker wait for a call; a later one would find it over."""
+    return sum(run._call is not None for run in desk.turns.runs.led.values())
+
+
 async def led_and_followed(pair: Pair, *, org: str = "org_a", **fields: Any) -> tuple[Any, Any, Any]:
     """A turn that leads a call in one worker, and the thread of one that follows it in the other."""
     mine, theirs = await pair.lead.thread(org), await pair.other.thread(org)
@@ -48,7 +53,7 @@ async def test_twenty_threads_of_two_workers_make_one_call(pair):
     threads = [await desk.thread() for desk in (pair.lead, pair.other) for _ in range(10)]
     desks = [pair.lead] * 10 + [pair.other] * 10
     tasks = [await post(desk, thread) for desk, thread in zip(desks, threads, strict=True)]
-    await pair.provider.started.wait()
+    await until(lambda: calling(pair.lead) == calling(pair.other) == 10)
     await until(lambda: following(pair.lead) or following(pair.other))
     pair.provider.go.set()
 
