@@ -10,6 +10,7 @@ import pytest
 
 from oncewise.errors import OncewiseError, ProviderProtocolError, ShuttingDown
 from oncewise.model import MessageStatus, TurnState
+from oncewise.service import shared_calls
 from tests.integration.test_fleet import Pair, open_pair, post, stream
 from tests.support.scripted import Desk
 from tests.support.watching import terminal, text_of, until
@@ -349,3 +350,15 @@ async def test_a_claim_that_the_server_forgot_is_taken_again(pair):
     assert text_of(await shown.rest()) == pair.provider.text
     await leading
     assert len(pair.provider.calls) == 1
+
+
+async def test_a_call_that_has_ended_is_claimed_no_more(pair, monkeypatch):
+    """One that kept its claim would hold the next request of this prompt up, for ever."""
+    monkeypatch.setattr(shared_calls, "LEASE_S", 0.15)
+    leading, _, _ = await led_and_followed(pair)
+    await asyncio.sleep(0.1)
+    assert len(pair.world.claims) == 1
+    pair.provider.go.set()
+    await leading
+    await asyncio.sleep(0.2)
+    assert pair.world.claims == {}
