@@ -394,7 +394,8 @@ async def _coordination_hazards(coordination: Coordination | None, *, alone: boo
     if coordination is None:
         return () if alone else (_ROWS_ONLY,)
     wrong = await coordination.check()
-    return () if wrong is None else (f"{wrong} Requests are served without it meanwhile.",)
+    # One that is away has been reported as an event, as it will be when that changes.
+    return (wrong,) if wrong is not None and coordination.signals.prompt else ()
 
 
 class _Limits:
