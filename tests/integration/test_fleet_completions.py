@@ -15,6 +15,7 @@ from oncewise.core.retry import RetryBudget
 from oncewise.core.stream_hub import Position, StreamHub
 from oncewise.errors import NotFound, OncewiseError, ProviderProtocolError, TurnCancelled
 from oncewise.model import Role
+from oncewise.service import shared_calls
 from oncewise.service.attempts import ProviderLane
 from oncewise.service.completions import CompletionAsk, Completions, Wish
 from oncewise.service.fleet import Fleet
@@ -218,6 +219,20 @@ async def test_a_call_is_resumed_in_any_worker(pair):
         await pair.other.desk.watch("globex", call_id)
 
 
+async def test_a_call_that_is_resumed_may_be_silent(pair):
+    """For longer than it takes to look whether anything was lost."""
+    (task,) = await started(pair, pair.lead.stream(resumable=True))
+    call_id = next(iter(pair.lead.desk._runs))[1]
+    pair.provider.gap_s = 3 * shared_calls.LOOK_S
+    pair.provider.go.set()
+    run, waiter = await pair.other.desk.watch("acme", call_id, 0)
+    await until(lambda: run.log.deltas > 1)
+    pair.provider.gap_s = 0.0
+    rest = b"".join([chunk async for chunk in run.log.view()]).decode()
+    waiter.leave()
+    assert (await task)[0] == rest
+
+
 # -- what is lost ------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +336,98 @@ async def test_a_worker_that_is_known_to_be_dead_is_not_waited_for(pair):
     pair.provider.go.set()
     assert (await tasks[1])[1] is Role.LEADER
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_who_comes_to_a_dead_workers_claim_makes_the_call_at_once(pair, monkeypatch):
+    """There is nothing to be heard from it, so that not even its last words are waited for."""
+    monkeypatch.setattr(shared_calls, "LAST_WORDS_S", 60.0)
+    tasks = await started(pair, pair.lead.ask())
+    pair.lead.coordination.die()
+    pair.other.fleet.owners_lost(frozenset({"lead"}))
+    assert len(pair.world.claims) == 1
+    tasks.append(asyncio.create_task(pair.other.ask()))
+    await until(lambda: len(pair.provider.calls) == 2)
+    pair.provider.go.set()
+    assert (await tasks[1])[1] is Role.LEADER
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_who_has_shown_nothing_waits_for_no_claim_to_be_taken_again(pair, monkeypatch):
+    """The worker died and nobody knows; as soon as its claim has lapsed, the call is made anew."""
+    monkeypatch.setattr(shared_calls, "LEASE_S", 0.5)
+    monkeypatch.setattr(shared_calls, "ASK_S", 0.1)
+    monkeypatch.setattr(shared_calls, "REGAIN_S", 60.0)
+    tasks = await started(pair, pair.lead.ask(), pair.other.ask())
+    pair.lead.coordination.die()
+    await until(lambda: len(pair.provider.calls) == 2)
+    pair.provider.go.set()
+    assert (await tasks[1])[1] is Role.LEADER
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_silence_while_the_claim_was_held_does_not_count_when_it_is_lost(pair, monkeypatch):
+    """A stream that was shown waits as long for its worker to take the claim again, however long it said nothing."""
+    monkeypatch.setattr(shared_calls, "LEASE_S", 1.5)
+    monkeypatch.setattr(shared_calls, "LOOK_S", 0.02)
+    monkeypatch.setattr(shared_calls, "ASK_S", 0.02)
+    monkeypatch.setattr(shared_calls, "REGAIN_S", 2.0)
+    pair.provider.gap_s = 0.05
+    tasks = await started(pair, pair.lead.stream(), pair.other.stream())
+    run = next(iter(pair.other.desk._runs.values()))
+    pair.provider.go.set()
+    await until(lambda: run.log.deltas > 1)
+    pair.provider.gap_s = 4.0
+    await asyncio.sleep(2.5)
+    pair.world.claims.clear()
+    await asyncio.sleep(0.1)
+    pair.provider.gap_s = 0.0
+    told = await asyncio.gather(*tasks)
+    assert told[0][0] == told[1][0]
+    assert len(pair.provider.calls) == 1
+
+
+async def test_the_end_may_come_in_the_moment_of_a_look(pair, monkeypatch):
+    """It was then taken for lost, though all of it was there."""
+    monkeypatch.setattr(shared_calls, "LOOK_S", 0.0)
+    tasks = await started(pair, pair.lead.ask(), pair.other.ask(), pair.other.stream())
+    pair.provider.go.set()
+    told = await asyncio.gather(*tasks)
+    assert told[0][0] == told[1][0]
+    assert len(pair.provider.calls) == 1
+
+
+async def test_the_end_may_come_after_the_claim_was_given_up(pair, monkeypatch):
+    """Its worker gives up first and tells then: who asks between the two waits for the last words."""
+    monkeypatch.setattr(shared_calls, "LOOK_S", 0.01)
+    monkeypatch.setattr(shared_calls, "ASK_S", 0.01)
+    monkeypatch.setattr(shared_calls, "LAST_WORDS_S", 30.0)
+    tasks = await started(pair, pair.lead.ask(), pair.other.ask())
+    asked = []
+    claims = pair.other.fleet.claims
+    free = claims.release
+
+    async def released(name, holder):
+        asked.append(holder)
+        await free(name, holder)
+
+    monkeypatch.setattr(claims, "release", released)
+    pair.world.claims.clear()
+    await until(lambda: asked)
+    pair.provider.go.set()
+    told = await asyncio.gather(*tasks)
+    assert told[0][0] == told[1][0]
+    assert len(pair.provider.calls) == 1
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_up_too(pair):
+    """It may have been made; for as long as it lasts, other workers would look for a call that has ended."""
+    pair.world.lose_answers = 1
+    (task,) = await started(pair, pair.lead.ask())
+    assert pair.world.lose_answers == 0
+    assert len(pair.world.claims) == 1
+    pair.provider.go.set()
+    await task
+    await until(lambda: pair.world.claims == {})
 
 
 async def test_who_followed_a_call_gives_up_no_claim(pair):

@@ -175,14 +175,16 @@ async def follow_call(
     with fleet.follow(call_name(fleet, org_id, holder.call_id), holder.address, ended) as following:
         following.hold()
         following.repeat(log, lambda epoch: ("reset", {"epoch": epoch}), came, closes=False)
-        patience = _Patience(fleet, holder, claim, seen)
+        patience = _Patience(fleet, holder, claim, seen, ended)
         while following.ending is None and not log.closed:
             news.clear()
             try:
                 async with asyncio.timeout(LAST_WORDS_S if over.is_set() else LOOK_S):
                     await news.wait()
             except TimeoutError:
-                if over.is_set() or await patience.is_over(log):
+                lost = over.is_set() or await patience.is_over(log)
+                # What came in the moment of the timeout, or while the claim was asked for, may be the end.
+                if lost and not news.is_set():
                     raise CallLost from None
     ending = None if following.ending is None else following.ending[1]
     if ending is None:
@@ -196,19 +198,26 @@ async def follow_call(
 
 
 class _Patience:
-    """How long a call that says nothing is waited for."""
+    """How long a call that says nothing is waited for.
 
-    def __init__(self, fleet: Fleet, holder: Holder, claim: Claim | None, seen: Callable[[], bool]) -> None:
+    Args:
+        ended: Called when its worker makes it no more, as far as the claim tells; its last words may be on their way.
+    """
+
+    def __init__(
+        self, fleet: Fleet, holder: Holder, claim: Claim | None, seen: Callable[[], bool], ended: Callable[[], None]
+    ) -> None:
         self._fleet = fleet
         self._holder = holder
         self._claim = claim
         self._seen = seen
+        self._ended = ended
         self._deltas = 0
         self._heard_s = asyncio.get_running_loop().time()
         self._asked_s = self._heard_s
 
     async def is_over(self, log: StreamLog) -> bool:
-        """Whether it is, after some silence."""
+        """Whether it is, after some silence; asks now and then whether the claim is held."""
         now_s = asyncio.get_running_loop().time()
         if log.deltas > self._deltas:
             self._deltas, self._heard_s, self._asked_s = log.deltas, now_s, now_s
@@ -219,18 +228,19 @@ class _Patience:
         if now_s - self._asked_s < ASK_S:
             return False
         self._asked_s = now_s
-        return await self._is_lost(self._claim, now_s)
+        await self._ask(self._claim, now_s)
+        return False
 
-    async def _is_lost(self, claim: Claim, now_s: float) -> bool:
+    async def _ask(self, claim: Claim, now_s: float) -> None:
         if await claim.is_held_by(self._holder):
             # Its worker keeps it while the call runs.
             self._heard_s = now_s
-            return False
-        if not self._seen():
-            return True
-        # Not for us, who cannot make this call: its worker takes it again if the server forgot it.
+            return
+        # Not for us yet: its worker takes it again if the server forgot it, and gives it up just before it tells the
+        # end. Whoever comes meanwhile may make the call.
         await claim.free()
-        return now_s - self._heard_s > REGAIN_S
+        if not self._seen() or now_s - self._heard_s > REGAIN_S:
+            self._ended()
 
 
 class Desk(Protocol):
