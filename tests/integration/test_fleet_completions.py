@@ -219,6 +219,43 @@ async def test_a_call_is_resumed_in_any_worker(pair):
         await pair.other.desk.watch("globex", call_id)
 
 
+async def test_a_call_that_had_ended_when_it_was_asked_for_is_led_no_more(pair, monkeypatch):
+    """Its whole text is told to who resumes it; then there is nothing that others could have a word about."""
+    monkeypatch.setattr(shared_calls, "LATE_S", 0.1)
+    (task,) = await started(pair, pair.lead.stream(body={**BODY, "temperature": 1}, resumable=True))
+    call_id = next(iter(pair.lead.desk._runs))[1]
+    pair.provider.go.set()
+    sent, _ = await task
+    run, waiter = await pair.other.desk.watch("acme", call_id, 0)
+    assert b"".join([chunk async for chunk in run.log.view()]).decode() == sent
+    waiter.leave()
+    await until(lambda: pair.lead.fleet.idle)
+
+
+async def test_who_comes_for_a_call_that_just_ended_is_told_it(pair, monkeypatch):
+    """Its claim was held a moment ago. For a while only: then the call is led no more."""
+    monkeypatch.setattr(shared_calls, "LATE_S", 0.5)
+    (leading,) = await started(pair, pair.lead.ask())
+    claims = pair.other.fleet.claims
+    claim, asked, late = claims.claim, asyncio.Event(), asyncio.Event()
+
+    async def slowly(name, holder, *, lease_s):
+        held = await claim(name, holder, lease_s=lease_s)
+        asked.set()
+        await late.wait()
+        return held
+
+    monkeypatch.setattr(claims, "claim", slowly)
+    following = asyncio.create_task(pair.other.ask())
+    await asked.wait()
+    pair.provider.go.set()
+    document, _ = await leading
+    late.set()
+    assert (await following)[0] == document
+    assert len(pair.provider.calls) == 1
+    await until(lambda: pair.lead.fleet.idle)
+
+
 async def test_a_call_that_is_resumed_may_be_silent(pair):
     """For longer than it takes to look whether anything was lost."""
     (task,) = await started(pair, pair.lead.stream(resumable=True))
