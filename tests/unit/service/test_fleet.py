@@ -377,7 +377,7 @@ async def test_what_a_lost_worker_led_has_ended_for_who_follows_it() -> None:
         fleet.follow("other", "w2", lambda: ended.append("w2")),
     ):
         fleet.owners_lost(frozenset({"w0"}))
-        assert "w0" in ended
+        assert ended == ["w0"]
     assert fleet.is_lost("w0")
     assert not fleet.is_lost("w2")
     await asyncio.sleep(21.0)
@@ -450,4 +450,50 @@ async def test_an_interest_that_begins_is_told_in_one_word() -> None:
         following.repeat(StreamHub().open("copy"), lambda epoch: ("reset", {"epoch": epoch}), nothing)
         await turns(10)
     assert heard == [{"text": True, "holds": True}]
+    await workers.aclose()
+
+
+@virtual_time
+async def test_an_interest_that_ends_as_it_begins_is_never_told() -> None:
+    """A word after the parting would make the leader count somebody who is gone."""
+    workers = Workers()
+    with workers.fleets[1].follow(workers.name, "w0", nothing) as following:
+        following.hold()
+    await turns(10)
+    assert workers.work.requesters == 1
+    assert workers.lead._led[workers.name].interests == {}
+    await workers.aclose()
+
+
+@virtual_time
+async def test_a_letting_go_that_was_lost_is_made_good_by_the_next_word() -> None:
+    """Else the work would go on for a worker where nobody waits."""
+    workers = Workers()
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.hold()
+    await turns(5)
+    workers.world.down = True
+    following.let_go()
+    await turns(5)
+    workers.world.down = False
+    assert workers.work.requesters == 2
+    await asyncio.sleep(RENEW_S + 0.1)
+    assert workers.work.requesters == 1
+    following.leave()
+    await workers.aclose()
+
+
+@virtual_time
+async def test_work_that_is_led_no_more_is_held_by_nobody() -> None:
+    """No waiter and no timer of others is left with it."""
+    workers = Workers()
+    following = workers.fleets[1].follow(workers.name, "w0", nothing)
+    following.hold()
+    await turns(5)
+    (interest,) = workers.lead._led[workers.name].interests.values()
+    workers.lead.ended(workers.name, workers.work)
+    assert workers.work.requesters == 1
+    assert interest.timer is not None
+    assert interest.timer.cancelled()
+    following.leave()
     await workers.aclose()
