@@ -187,6 +187,28 @@ async def test_a_log_is_told_while_somebody_wants_it() -> None:
 
 
 @virtual_time
+async def test_a_fleet_that_closes_tells_what_has_ended_and_then_nothing() -> None:
+    """A log that goes on is told no more; one that has ended has a moment to be told."""
+    workers = Workers()
+    goes_on = Work()
+    workers.lead.lead("goes on", goes_on)
+    followings = [workers.fleets[1].follow(name, "w0", nothing) for name in (workers.name, "goes on")]
+    for following in followings:
+        following.repeat(StreamHub().open("copy"), lambda epoch: ("reset", {"epoch": epoch}), nothing)
+    await turns(10)
+    workers.work.log.append("a")
+    workers.work.log.close("done", {})
+    await workers.lead.aclose()
+    assert followings[0].ending == ("done", {})
+    goes_on.log.append("a")
+    await asyncio.sleep(1.0)
+    assert workers.world.log("goes on").tail == (0, 0)
+    for following in followings:
+        following.leave()
+    await workers.aclose()
+
+
+@virtual_time
 async def test_one_of_two_readers_that_leaves_takes_nothing_from_the_other() -> None:
     """The log is told for as long as anybody wants it."""
     workers = Workers(3)
