@@ -62,7 +62,6 @@ class Heartbeats:
             except TimeoutError:
                 alive = False
             except (StorageUnavailable, StorageFull):
-                alive = loop.time() - kept_s < safe_s
                 pause_s = self._lease_s / 10
             else:
                 kept_s, pause_s = asked_s, self._lease_s / 3

@@ -155,6 +155,26 @@ async def test_who_leaves_while_its_transaction_runs_changes_nothing_for_the_oth
     assert await outcomes([stays]) == [StorageUnavailable if failures else True]
 
 
+class SlowLedger(Ledger):
+    """Answers late: yes once, and then that it is away."""
+
+    async def beat(self, beats: Sequence[Heartbeat], *, lease_s: float) -> Mapping[TurnClaim, bool]:
+        self.transactions.append([beat.claim.turn_id for beat in beats])
+        await asyncio.sleep(LEASE_S / 4)
+        if len(self.transactions) > 1:
+            raise StorageUnavailable
+        return {beat.claim: True for beat in beats}
+
+
+@virtual_time
+async def test_a_lease_counts_from_when_it_was_asked_for():
+    """When the database took it is not known, and from its end on another owner may lead: this one ends before that."""
+    heartbeats = Heartbeats(SlowLedger(), lease_s=LEASE_S)
+    await heartbeats.keep(TurnClaim("acme", "thread", "a", 0, 1), 0.0, lambda: ("", 0))
+    asked_s = LEASE_S / 3
+    assert asyncio.get_running_loop().time() == pytest.approx(asked_s + LEASE_S - LEASE_S / 10)
+
+
 @virtual_time
 async def test_closing_ends_what_is_left():
     """A transaction that is under way at the end keeps no worker from ending."""
