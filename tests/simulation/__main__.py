@@ -3,10 +3,8 @@
 import argparse
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
-from tests.simulation.run import CHUNK, chunk_of
+from tests.simulation.run import many
 
 __all__ = ["main"]
 
@@ -18,14 +16,12 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     asked = parser.parse_args()
     began_s = time.monotonic()
-    starts = range(asked.first, asked.first + asked.seeds, CHUNK)
     bad, counts = 0, Counter[str]()
-    with ProcessPoolExecutor(asked.jobs) as pool:
-        for found, happened in pool.map(partial(chunk_of, end=asked.first + asked.seeds), starts):
-            counts += happened
-            for seed, broken in found:
-                bad += 1
-                print(f"seed {seed}: " + "; ".join(broken))
+    for found, happened in many(asked.first, asked.first + asked.seeds, jobs=asked.jobs):
+        counts += happened
+        for seed, broken in found:
+            bad += 1
+            print(f"seed {seed}: " + "; ".join(broken))
     print(", ".join(f"{what} {times:,}" for what, times in sorted(counts.items())))
     print(f"{asked.seeds} seeds in {time.monotonic() - began_s:.1f} s, {bad} with violations")
     return 1 if bad else 0

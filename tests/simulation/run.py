@@ -4,12 +4,16 @@ import gc
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 from tests.simulation.check import violations
 from tests.simulation.fleet import Parts
 from tests.simulation.histories import history
 
-__all__ = ["CHUNK", "broken", "chunk_of"]
+__all__ = ["CHUNK", "broken", "chunk_of", "many"]
 
 CHUNK = 250
 
@@ -42,3 +46,12 @@ def chunk_of(first: int, end: int) -> tuple[list[tuple[int, list[str]]], Counter
         if found:
             bad.append((seed, found))
     return bad, counts
+
+
+def many(first: int, end: int, *, jobs: int = 2) -> Iterator[tuple[list[tuple[int, list[str]]], Counter[str]]]:
+    """As `chunk_of`, for all seeds from the first one on, in processes of their own.
+
+    New ones: in a process that ran other tests before, the collector and the loops look through what those left.
+    """
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(partial(chunk_of, end=end), range(first, end, CHUNK))

@@ -161,7 +161,7 @@ class Machine:
             # Those that end may start others to tidy up. A task begins before it is cancelled: its first step may own
             # a coroutine that would be left without one.
             left = asyncio.all_tasks(self.loop)  # type: ignore[arg-type]
-            if not left:
+            if not left or (left <= cancelled and self.loop.next_s() > self.world.now_s):
                 return
             self.loop.step(self.world.chance)
             for task in left - cancelled:
