@@ -1,7 +1,6 @@
 """Starting: how soon a server answers, what it holds then, and that both ways to start it give the same one."""
 
 import json
-import subprocess
 import sys
 import time
 import urllib.request
@@ -13,8 +12,6 @@ import pytest
 from tests.support.commands import ONCEWISE, environment, running
 
 READY_S = 1.5
-LIBRARIES = "import alembic.command, sqlalchemy, starlette.applications, uvicorn"
-TIMES_LIBRARIES = 2.5
 IDLE_MIB = 120
 
 WAYS = {
@@ -53,23 +50,9 @@ def resident_mib(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def libraries_s() -> float:
-    """How long it takes on this machine to load what no server of this kind starts without; the best of three."""
-    times_s = []
-    for _ in range(3):
-        began_s = time.monotonic()
-        subprocess.run((sys.executable, "-c", LIBRARIES), check=True)
-        times_s.append(time.monotonic() - began_s)
-    return min(times_s)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_a_server_is_ready_soon_and_small(way: str, tmp_path: Path) -> None:
-    """On a new database within 1.5 s, in less than 120 MiB. The best of three: others use this machine too.
-
-    Where the machine is slow it may take longer, in proportion to its libraries alone: they are half of it.
-    """
-    soon_s = max(READY_S, TIMES_LIBRARIES * libraries_s())
+    """On a new database within 1.5 s, in less than 120 MiB. The best of three: others use this machine too."""
     times_s = []
     for attempt in range(3):
         env = environment(ONCEWISE_DATABASE_URL=f"sqlite:///{tmp_path}/{attempt}.db")
@@ -80,9 +63,9 @@ def test_a_server_is_ready_soon_and_small(way: str, tmp_path: Path) -> None:
             times_s.append(time.monotonic() - began_s - kept_waiting_s(server.process.pid))
             assert resident_mib(server.process.pid) < IDLE_MIB
             assert server.stop()[0] == 0
-        if times_s[-1] < soon_s:
+        if times_s[-1] < READY_S:
             return
-    raise AssertionError((soon_s, times_s))
+    raise AssertionError(times_s)
 
 
 def test_both_ways_give_the_same_server(tmp_path: Path) -> None:
