@@ -427,6 +427,7 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
+    gc.enable()
 
 
 def run(app: App, sockets: list[socket.socket], *, drain_s: float) -> None:

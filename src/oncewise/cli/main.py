@@ -6,6 +6,7 @@ cannot be used; 130 interrupted.
 Deliberately absent: the work. Each command is a module of its own beside this one, loaded only when it runs.
 """
 
+import gc
 import re
 import sys
 from pathlib import Path
@@ -140,6 +141,8 @@ def serve(
     if loaded.settings.workers > 1:
         from oncewise.cli.workers import run
     else:
+        # Nothing of what is loaded now is garbage; the server turns the collector on again when it is ready.
+        gc.disable()
         from oncewise.cli.serve import run
 
     run(loaded, typer.echo, lambda text: typer.echo(f"warning: {text}", err=True))

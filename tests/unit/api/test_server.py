@@ -1,6 +1,8 @@
 """What the server lends a request: the ways past the ASGI interface, over a real socket."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
@@ -197,3 +199,10 @@ async def test_whether_the_whole_body_has_come() -> None:
         writer.write(half[-3:])
         await reader.readuntil(b"\r\n\r\n")
     assert seen == [True, True, False, True]
+
+
+def test_the_collector_is_on_when_the_server_is_ready() -> None:
+    """`oncewise serve` starts without it. In a process of its own: this concerns the whole of it."""
+    code = "import gc; gc.disable(); from oncewise.api.server import _spare_the_collector as spare; spare(); "
+    code += "print(gc.isenabled(), gc.get_freeze_count() > 10_000)"
+    assert subprocess.check_output((sys.executable, "-c", code), text=True) == "True True\n"
