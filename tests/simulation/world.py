@@ -162,6 +162,7 @@ class Machine:
             # a coroutine that would be left without one.
             left = asyncio.all_tasks(self.loop)  # type: ignore[arg-type]
             if not left or (left <= cancelled and self.loop.next_s() > self.world.now_s):
+                # What is left was cancelled and waits for a time that does not come any more.
                 return
             self.loop.step(self.world.chance)
             for task in left - cancelled:
@@ -266,12 +267,17 @@ class World:
                 return
 
     def _step(self) -> bool:
-        going = [machine for machine in self.machines if machine.runs and not machine.paused]
-        ready = [machine for machine in going if machine.loop.next_s() <= self.now_s]
+        ready, next_s = [], float("inf")
+        for machine in self.machines:
+            if machine.runs and not machine.paused:
+                at_s = machine.loop.next_s()
+                if at_s <= self.now_s:
+                    ready.append(machine)
+                else:
+                    next_s = min(next_s, at_s)
         if ready:
             self.chance.choice(ready).loop.step(self.chance)
             return True
-        next_s = min([machine.loop.next_s() for machine in going], default=float("inf"))
         if self._events and self._events[0][0] <= next_s:
             at_s, _, callback, args = heapq.heappop(self._events)
             self.now_s = max(self.now_s, at_s)
