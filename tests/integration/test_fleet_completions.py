@@ -94,6 +94,14 @@ async def started(pair: Pair, *asking: Any) -> list[asyncio.Task[Any]]:
     return [first, *rest]
 
 
+async def made_anew(pair: Pair, tasks: list[asyncio.Task[Any]]) -> None:
+    """The worker of the second request makes the call that the first one's was making."""
+    await until(lambda: len(pair.provider.calls) == 2)
+    pair.provider.go.set()
+    assert (await tasks[1])[1] is Role.LEADER
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def test_requests_of_two_workers_are_one_call(pair):
     """JSON and streams; the same document and the same chunks."""
     tasks = await started(
@@ -370,9 +378,7 @@ async def test_a_worker_that_is_known_to_be_dead_is_not_waited_for(pair):
     pair.other.fleet.owners_lost(frozenset({"lead"}))
     await until(lambda: len(pair.provider.calls) == 2)
     assert asyncio.get_running_loop().time() - began_s < 1.0
-    pair.provider.go.set()
-    assert (await tasks[1])[1] is Role.LEADER
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await made_anew(pair, tasks)
 
 
 async def test_who_comes_to_a_dead_workers_claim_makes_the_call_at_once(pair, monkeypatch):
@@ -383,10 +389,7 @@ async def test_who_comes_to_a_dead_workers_claim_makes_the_call_at_once(pair, mo
     pair.other.fleet.owners_lost(frozenset({"lead"}))
     assert len(pair.world.claims) == 1
     tasks.append(asyncio.create_task(pair.other.ask()))
-    await until(lambda: len(pair.provider.calls) == 2)
-    pair.provider.go.set()
-    assert (await tasks[1])[1] is Role.LEADER
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await made_anew(pair, tasks)
 
 
 async def test_who_has_shown_nothing_waits_for_no_claim_to_be_taken_again(pair, monkeypatch):
@@ -396,10 +399,7 @@ async def test_who_has_shown_nothing_waits_for_no_claim_to_be_taken_again(pair, 
     monkeypatch.setattr(shared_calls, "REGAIN_S", 60.0)
     tasks = await started(pair, pair.lead.ask(), pair.other.ask())
     pair.lead.coordination.die()
-    await until(lambda: len(pair.provider.calls) == 2)
-    pair.provider.go.set()
-    assert (await tasks[1])[1] is Role.LEADER
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await made_anew(pair, tasks)
 
 
 async def test_silence_while_the_claim_was_held_does_not_count_when_it_is_lost(pair, monkeypatch):

@@ -186,9 +186,13 @@ async def follow_call(
                 # What came in the moment of the timeout, or while the claim was asked for, may be the end.
                 if lost and not news.is_set():
                     raise CallLost from None
-    ending = None if following.ending is None else following.ending[1]
-    if ending is None:
+    if following.ending is None:
         raise CallLost
+    return _ended_well(following.ending[1])
+
+
+def _ended_well(ending: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The end of a good answer. Errors as `follow_call`."""
     if "failure" in ending:
         code, detail, retryable, retry_after_s = ending["failure"]
         if code in _OF_THE_WORKER:
